@@ -1,0 +1,126 @@
+"""Every setting once, with its unit and why it has this value.
+
+The other configs start from this one and change what they need; a command line changes single
+settings (`--config.loss.beta=5`). A name that is not here is refused.
+"""
+
+import ml_collections
+
+from flowrl_jax.config import loss_fields
+from flowrl_jax.objectives.presets import PRESETS
+
+
+def _optimizer() -> dict:
+    """Settings of an AdamW."""
+    return {
+        "learning_rate": 1e-6,  # peak; the released value for 7B and 32B
+        "log_z_learning_rate": 0.0,  # 0: the policy's, as released; its own is often 100x larger
+        "schedule": "constant",  # after warm-up: constant, linear or cosine
+        "warmup_steps": 10,  # rollout steps
+        "b1": 0.9,  # decay of the first moment
+        "b2": 0.999,  # decay of the second moment
+        "eps": 1e-8,  # added to the root of the second moment
+        "weight_decay": 0.1,  # decoupled, all parameters, as released
+        "clip_norm": 1.0,  # largest global gradient norm; 0 does not clip
+        "clip_jointly": True,  # one norm over policy and log Z, as released
+    }
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The defaults: the recommended objective, the released sizes."""
+    config = ml_collections.ConfigDict()
+    config.seed = 0  # of initialisation, sampling, data order and dropout
+    config.steps = 200  # rollout steps; the released runs were evaluated at 200 to 300
+
+    config.model = {
+        "path": "",  # Hugging Face folder; empty: random weights of the shape below
+        "start_from": "",  # run folder (of sft, say) whose latest policy to start from
+        "dtype": "float32",  # of activations; bfloat16 on TPU and GPU; master weights are float32
+        "remat": "full",  # compute a block again in the backward pass: none, dots, full
+        "attention": "xla",  # cudnn: flash attention on NVIDIA GPUs, with dtype bfloat16
+        "vocab_size": 0,  # 0: the tokenizer's, rounded up to a multiple of 64
+        "num_layers": 4,
+        "embed_dim": 128,
+        "num_heads": 4,
+        "num_kv_heads": 4,  # fewer than num_heads: grouped-query attention
+        "head_dim": 32,
+        "mlp_dim": 512,
+        "rope_theta": 10_000.0,
+        "norm_eps": 1e-6,
+        "tie_embeddings": True,
+        "qkv_bias": False,  # Qwen2 has it
+        "init_std": 0.02,  # of the random initialisation
+    }
+    config.tokenizer = {
+        "path": "",  # sentencepiece .model or folder; empty: model.path, else made for Countdown
+        "max_number": 100,  # numbers up to this are one token of the Countdown vocabulary
+        "eos_ids": (),  # empty: what generation_config.json or the tokenizer says
+        "add_bos": False,  # Llama 2 style models want it
+    }
+    config.task = {
+        "name": "countdown",  # countdown or stories
+        "options": {},  # fields of the task's own config
+    }
+    config.data = {
+        "builder": "countdown",  # countdown, stories, or prompts (your own JSONL or parquet)
+        "options": {},  # fields of the builder's own config
+        "data_dir": "runs/data",  # prepared once, as array_record
+        "split": "train",
+        "seed": 0,  # of the shuffle; entry points set it to config.seed
+        "shuffle": True,  # each epoch in its own random order
+    }
+    config.rollout = {
+        "prompts_per_step": 512,  # over all hosts; released 512 (math), 64 (code)
+        "group_size": 8,  # samples per prompt
+        "max_prompt_length": 2048,  # tokens
+        "max_response_length": 8192,  # tokens, end-of-sequence included
+        "long_prompts": "error",  # or truncate: keep the last tokens and count them
+        "temperature": 1.0,  # of sampling and of all log-probabilities
+        "top_k": 0,  # 0: all tokens
+        "top_p": 1.0,  # 1: all tokens
+        "prompts_per_batch": 0,  # sampled at one time, bounds the KV cache; 0: all
+        "old_logprobs": "trainer",  # computed again, as released; sampler saves a forward pass
+    }
+    config.loss = loss_fields("flowrl", PRESETS["flowrl"])  # see docs/objective.md
+    config.optimizer = _optimizer()
+    config.train = {
+        "updates_per_rollout": 16,  # optimiser steps a rollout is cut into; released 16 (math)
+        "epochs": 1,  # passes over a rollout
+        "micro_batch_size": 0,  # responses held at one time, over all devices; 0: all of a step
+        "logprob_chunk": 256,  # tokens of a response whose logits are held at one time
+    }
+    config.sft = {
+        "steps": 100,  # optimiser steps
+        "batch_size": 64,  # demonstrations per step, over all hosts
+        "optimizer": _optimizer(),
+    }
+    config.eval = {
+        "every": 0,  # rollout steps between evaluations during training; 0: never
+        "split": "test",
+        "prompts": 0,  # from the start of the split; 0: all
+        "samples": 16,  # per prompt
+        "k": 16,  # of pass@k and of distinct correct solutions in k samples
+        "temperature": 1.0,  # 0: greedy
+        "top_k": 0,
+        "top_p": 1.0,
+        "prompts_per_batch": 64,  # sampled at one time
+    }
+    config.mesh = {
+        "data": 1,  # copies of the parameters
+        "fsdp": -1,  # shards of parameters and optimiser; -1: all devices that are left
+        "tensor": 1,  # shards of heads, mlp and vocabulary
+    }
+    config.checkpoint = {
+        "every": 50,  # rollout steps; 0: only at the end
+        "keep": 2,  # latest ones
+        "keep_best": 0,  # best ones by best_metric
+        "best_metric": "",  # e.g. eval/pass_at_1; higher is better
+        "asynchronous": True,  # training goes on while files are written
+    }
+    config.metrics = {
+        "tensorboard": True,  # event files in DIR/tensorboard
+        "table": True,  # one line per step on stdout
+        "wandb_project": None,  # Weights & Biases, with the extra flowrl_jax[wandb]
+        "wandb_name": None,
+    }
+    return config

@@ -1,0 +1,1 @@
+"""FlowRL in JAX: reinforcement learning of language models by matching a reward distribution."""

@@ -1,0 +1,377 @@
+"""The settings of a run: from a ConfigDict to frozen dataclasses, unknown names refused.
+
+Below this module nothing sees a ConfigDict. `configs/base.py` shows every field once.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import ml_collections
+
+from flowrl_jax.checkpoint import CheckpointConfig
+from flowrl_jax.datasets.pipeline import DataConfig
+from flowrl_jax.errors import InputError
+from flowrl_jax.metric_sinks import MetricsConfig
+from flowrl_jax.objectives import OBJECTIVES
+from flowrl_jax.optimizer import OptimizerConfig
+from flowrl_jax.sharding import MeshConfig
+from flowrl_jax.tasks import TaskConfig
+from flowrl_jax.tasks.base import nearest
+from flowrl_jax.train_step import TrainStepConfig
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise InputError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Where the policy comes from, and its shape where it starts from random numbers.
+
+    Attributes:
+        path: folder of a Hugging Face checkpoint; its config.json then gives the shape and the
+            fields below from `num_layers` to `init_std` are not read. Empty: random weights.
+        start_from: folder of another run of ours (of `sft`, say) whose latest policy to start
+            from; its shape must be the one given here. The reference policy is the same one.
+        dtype: of activations, "float32" or "bfloat16"; master weights are float32 either way.
+        remat: "none", "dots" or "full", see `TransformerConfig`.
+        attention: "xla" or "cudnn".
+        vocab_size: rows of the embedding; 0 means the tokenizer's size, rounded up to a multiple
+            of 64 so that it can be cut over devices.
+        num_layers: blocks.
+        embed_dim: width of the residual stream.
+        num_heads: query heads.
+        num_kv_heads: key and value heads.
+        head_dim: width of a head.
+        mlp_dim: width of the SwiGLU's hidden layer.
+        rope_theta: base of the rotary frequencies.
+        norm_eps: of RMSNorm.
+        tie_embeddings: whether the unembedding is the embedding transposed.
+        qkv_bias: whether query, key and value have a bias.
+        init_std: of the random initialisation.
+    """
+
+    path: str = ""
+    start_from: str = ""
+    dtype: str = "float32"
+    remat: str = "full"
+    attention: str = "xla"
+    vocab_size: int = 0
+    num_layers: int = 4
+    embed_dim: int = 128
+    num_heads: int = 4
+    num_kv_heads: int = 4
+    head_dim: int = 32
+    mlp_dim: int = 512
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = True
+    qkv_bias: bool = False
+    init_std: float = 0.02
+
+    def __post_init__(self):
+        _require(
+            self.dtype in DTYPES,
+            f"model.dtype={self.dtype!r} is not known: use one of {', '.join(DTYPES)}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """Which tokenizer.
+
+    Attributes:
+        path: a sentencepiece .model file or a folder with one; empty means `model.path`, and
+            without that a vocabulary made for Countdown is written to the run's folder.
+        max_number: of the Countdown vocabulary: numbers up to it are one token each.
+        eos_ids: ids that end a response; empty means what the model's generation_config.json, or
+            else the tokenizer, says.
+        add_bos: whether prompts start with the opening id.
+    """
+
+    path: str = ""
+    max_number: int = 100
+    eos_ids: tuple[int, ...] = ()
+    add_bos: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """What is sampled for each step of training.
+
+    Attributes:
+        prompts_per_step: prompts, over all hosts.
+        group_size: samples per prompt.
+        max_prompt_length: tokens, the opening id included.
+        max_response_length: tokens, the end-of-sequence token included.
+        long_prompts: what happens to prompts that are longer: "error" stops, "truncate" keeps
+            their last tokens and counts them in the metrics.
+        temperature: of sampling and of all log-probabilities; training needs it above 0.
+        top_k: 0 keeps all tokens.
+        top_p: 1 keeps all tokens.
+        prompts_per_batch: prompts sampled at one time; 0 means all. Bounds the KV cache.
+        old_logprobs: of the policy that sampled: "trainer" computes them again as the released
+            code does, "sampler" takes the sampler's. Their largest difference is logged.
+    """
+
+    prompts_per_step: int = 512
+    group_size: int = 8
+    max_prompt_length: int = 2048
+    max_response_length: int = 8192
+    long_prompts: str = "error"
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    prompts_per_batch: int = 0
+    old_logprobs: str = "trainer"
+
+    def __post_init__(self):
+        for field in ("prompts_per_step", "group_size", "max_prompt_length",
+                      "max_response_length"):
+            _require(
+                getattr(self, field) >= 1,
+                f"rollout.{field}={getattr(self, field)} must be at least 1",
+            )
+        _require(
+            self.temperature > 0.0,
+            f"rollout.temperature={self.temperature} must be positive: training needs a"
+            " distribution; `evaluate` and `sample` accept 0",
+        )
+        for field, known in (
+            ("long_prompts", ("error", "truncate")),
+            ("old_logprobs", ("trainer", "sampler")),
+        ):
+            _require(
+                getattr(self, field) in known,
+                f"rollout.{field}={getattr(self, field)!r} is not known: use one of {known}",
+            )
+        _require(
+            self.prompts_per_batch >= 0
+            and (not self.prompts_per_batch or self.prompts_per_step % self.prompts_per_batch == 0),
+            f"rollout.prompts_per_batch={self.prompts_per_batch} must divide"
+            f" rollout.prompts_per_step={self.prompts_per_step}, or be 0",
+        )
+        _require(
+            self.old_logprobs == "trainer" or (self.top_k == 0 and self.top_p == 1.0),
+            f"rollout.old_logprobs='sampler' with top_k={self.top_k}, top_p={self.top_p}: the"
+            " sampler's log-probabilities are of the truncated distribution, which the trainer's"
+            " are not; set old_logprobs='trainer', or top_k=0 and top_p=1",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """How a policy is evaluated, during training and by `python -m flowrl_jax.evaluate`.
+
+    Attributes:
+        every: rollout steps between evaluations during training; 0 means never.
+        split: of the data set.
+        prompts: how many, from the start of the split; 0 means all.
+        samples: per prompt.
+        k: of pass@k and of the number of distinct correct solutions in k samples.
+        temperature: 0 is greedy.
+        top_k: 0 keeps all tokens.
+        top_p: 1 keeps all tokens.
+        prompts_per_batch: prompts sampled at one time.
+    """
+
+    every: int = 0
+    split: str = "test"
+    prompts: int = 0
+    samples: int = 16
+    k: int = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    prompts_per_batch: int = 64
+
+    def __post_init__(self):
+        _require(
+            1 <= self.k <= self.samples,
+            f"eval.k={self.k} must lie in 1..eval.samples={self.samples}",
+        )
+        _require(
+            self.every >= 0 and self.prompts >= 0 and self.prompts_per_batch >= 1,
+            f"eval.every={self.every} and eval.prompts={self.prompts} must not be negative and"
+            f" eval.prompts_per_batch={self.prompts_per_batch} must be at least 1",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How often a rollout is learned from, and in which pieces.
+
+    Attributes:
+        updates_per_rollout: optimiser steps that a rollout is cut into, by prompts, in order.
+        epochs: passes over a rollout.
+        micro_batch_size: responses whose activations are held at one time, over all devices;
+            0 means those of a whole optimiser step.
+        logprob_chunk: tokens of a response whose logits are held at one time.
+    """
+
+    updates_per_rollout: int = 1
+    epochs: int = 1
+    micro_batch_size: int = 0
+    logprob_chunk: int = 256
+
+    def __post_init__(self):
+        _require(
+            self.updates_per_rollout >= 1 and self.epochs >= 1,
+            f"train.updates_per_rollout={self.updates_per_rollout} and train.epochs={self.epochs}"
+            " must be at least 1",
+        )
+
+    @property
+    def step(self) -> TrainStepConfig:
+        """What the train step itself needs to know."""
+        return TrainStepConfig(self.micro_batch_size, self.logprob_chunk)
+
+
+@dataclasses.dataclass(frozen=True)
+class SftConfig:
+    """Supervised fine-tuning on the task's demonstrations (`python -m flowrl_jax.sft`).
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: demonstrations per step, over all hosts.
+        optimizer: its own, the policy's alone.
+    """
+
+    steps: int = 100
+    batch_size: int = 64
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+    def __post_init__(self):
+        _require(
+            self.steps >= 1 and self.batch_size >= 1,
+            f"sft.steps={self.steps} and sft.batch_size={self.batch_size} must be at least 1",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All settings of a run.
+
+    Attributes:
+        seed: of initialisation, sampling, data order and dropout.
+        steps: rollout steps.
+        loss: config of the objective that `loss.objective` names.
+        model, tokenizer, task, data, rollout, optimizer, train, sft, eval, mesh, checkpoint,
+            metrics: see the class of each.
+    """
+
+    seed: int
+    steps: int
+    model: ModelConfig
+    tokenizer: TokenizerConfig
+    task: TaskConfig
+    data: DataConfig
+    rollout: RolloutConfig
+    loss: Any
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    sft: SftConfig
+    eval: EvalConfig
+    mesh: MeshConfig
+    checkpoint: CheckpointConfig
+    metrics: MetricsConfig
+
+    def __post_init__(self):
+        _require(
+            0 <= self.seed < 2**31, f"seed={self.seed}: give an integer from 0 to 2**31 - 1"
+        )
+        _require(self.steps >= 1, f"steps={self.steps} must be at least 1")
+        _require(
+            self.rollout.prompts_per_step % self.train.updates_per_rollout == 0,
+            f"train.updates_per_rollout={self.train.updates_per_rollout} does not divide"
+            f" rollout.prompts_per_step={self.rollout.prompts_per_step}: choose a divisor",
+        )
+
+    @property
+    def updates(self) -> int:
+        """Optimiser updates per rollout step."""
+        return self.train.updates_per_rollout * self.train.epochs
+
+    @property
+    def rows_per_update(self) -> int:
+        """Responses that one optimiser update learns from, over all hosts."""
+        prompts = self.rollout.prompts_per_step // self.train.updates_per_rollout
+        return prompts * self.rollout.group_size
+
+
+def loss_fields(objective: str, preset: Any) -> dict[str, Any]:
+    """The `loss` section of a config file: the objective's name and every field of a preset."""
+    return {"objective": objective, **dataclasses.asdict(preset)}
+
+
+def section(default: Any) -> dict[str, Any]:
+    """A section of a config file with every field of a config dataclass."""
+    return dataclasses.asdict(default)
+
+
+def parse_config(values: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
+    """Turns a config file's values into dataclasses.
+
+    Raises:
+        InputError: a name is unknown or missing, or a value has the wrong type or breaks a rule.
+    """
+    if isinstance(values, ml_collections.ConfigDict):
+        values = values.to_dict()
+    values = dict(values)
+    loss = values.get("loss")
+    if not isinstance(loss, Mapping) or loss.get("objective") not in OBJECTIVES:
+        name = loss.get("objective") if isinstance(loss, Mapping) else loss
+        raise InputError(
+            f"config.loss.objective={name!r}: unknown; {nearest(str(name), OBJECTIVES)}"
+        )
+    objective = OBJECTIVES[loss["objective"]]
+    rest = {name: value for name, value in loss.items() if name != "objective"}
+    values["loss"] = _build(objective.config_class, rest, "config.loss")
+    return _build(Config, values, "config")
+
+
+def _build(config_class: type, values: Mapping[str, Any], path: str) -> Any:
+    hints = typing.get_type_hints(config_class)
+    names = [field.name for field in dataclasses.fields(config_class)]
+    for name in values:
+        if name not in names:
+            raise InputError(f"{path}.{name}: no such field; {nearest(name, names)}")
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise InputError(f"{path}: {', '.join(missing)} not given; set every field")
+    converted = {
+        name: _convert(hints[name], value, f"{path}.{name}") for name, value in values.items()
+    }
+    try:
+        return config_class(**converted)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, Mapping):
+            raise InputError(f"{path}={value!r}: a section of settings is wanted here")
+        return _build(hint, value, path)
+    origin = typing.get_origin(hint)
+    if hint is Any:
+        return value
+    if origin is tuple:
+        return tuple(value)
+    if origin is not None and value is None:  # Optional
+        return None
+    if origin is not None and isinstance(value, Mapping):
+        return dict(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and type(value) is not hint:
+        raise InputError(f"{path}={value!r} is a {type(value).__name__}: give a {hint.__name__}")
+    return value

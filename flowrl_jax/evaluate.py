@@ -1,0 +1,197 @@
+"""Evaluation of a policy: `python -m flowrl_jax.evaluate --config=FILE --run=DIR --out=FILE`."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from flowrl_jax import cli
+from flowrl_jax.assembly import CHECKPOINTS, Parts, assemble, configure_jax, first_policy, make_learner
+from flowrl_jax.checkpoint import restore_policy
+from flowrl_jax.config import Config, EvalConfig
+from flowrl_jax.datasets.pipeline import PromptSource
+from flowrl_jax.errors import InputError
+from flowrl_jax.evaluation import Summary, prompt_values, summarize
+from flowrl_jax.graded import samples_from_records, write_records
+from flowrl_jax.objectives.sft import SFTConfig
+from flowrl_jax.progress import Progress
+from flowrl_jax.report import render_table
+from flowrl_jax.rollouts import encode_rows, responses, sample
+from flowrl_jax.sampler import rollout_key
+from flowrl_jax.sharding import local_rows
+from flowrl_jax.train_step import abstract_state, init_state, make_score
+
+# Evaluation noise is the same for all policies and steps: it has its own place among the steps.
+_EVAL_STREAM = 2**31 - 3
+
+
+class Evaluator:
+    """Samples and judges responses to held-out prompts, the same ones with the same noise always.
+
+    Args:
+        parts: of the run.
+        config: which prompts and how many samples.
+    """
+
+    def __init__(self, parts: Parts, config: EvalConfig):
+        data = dataclasses.replace(parts.config.data, split=config.split, shuffle=False)
+        source = PromptSource(data)
+        count = min(config.prompts or len(source), len(source))
+        self._parts = parts
+        self._config = config
+        self._rows = source.rows(0, count)
+        self._sampler = parts.sampler(
+            group_size=config.samples, temperature=config.temperature, top_k=config.top_k,
+            top_p=config.top_p,
+        )
+        # A greedy policy has no log-probabilities of its own; temperature 1 stands in.
+        learner = make_learner(
+            parts, SFTConfig(), parts.config.sft.optimizer, parts.layout.batch_shards, steps=1,
+            updates=1,
+        )
+        rows = config.prompts_per_batch * config.samples
+        step = dataclasses.replace(learner.config, micro_batch_size=rows)
+        learner = dataclasses.replace(
+            learner, temperature=config.temperature or 1.0, config=step
+        )
+        self._score = make_score(learner)
+
+    def records(
+        self, policy: Any, reference: Any = None, progress: Progress | None = None
+    ) -> list[dict[str, Any]]:
+        """Judged samples, one record per prompt (see `graded.samples_from_records`).
+
+        Args:
+            policy: parameters.
+            reference: parameters to measure KL against; without them KL is 0.
+            progress: updated with the prompts done.
+        """
+        records = []
+        size = self._config.prompts_per_batch
+        for start in range(0, len(self._rows), size):
+            rows = self._rows[start : start + size]
+            # The last batch is filled up, so that every batch is the same compiled program.
+            filled = rows + [rows[-1]] * (size - len(rows))
+            records += self._batch(policy, reference, filled)[: len(rows)]
+            if progress:
+                progress.update(len(rows))
+        return records
+
+    def metrics(self, policy: Any, reference: Any = None) -> dict[str, float]:
+        """Means of the statistics under `eval/`."""
+        samples = samples_from_records(self.records(policy, reference))
+        values = prompt_values(samples, k=self._config.k)
+        return {f"eval/{name}": float(np.mean(value)) for name, value in values.items()}
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts that are evaluated."""
+        return len(self._rows)
+
+    def _batch(self, policy, reference, rows) -> list[dict[str, Any]]:
+        parts, count = self._parts, self._config.samples
+        arrays, _ = encode_rows(parts, rows, count)
+        key = rollout_key(parts.config.seed, _EVAL_STREAM)
+        rollout = sample(parts, policy, arrays, key, self._sampler)
+        scored = (rollout.tokens, rollout.prompt_mask, rollout.response_mask)
+        texts = responses(parts, rollout)
+        kl = np.zeros(len(texts))
+        if reference is not None:
+            difference = self._score(policy, *scored) - self._score(reference, *scored)
+            kl = local_rows(difference).sum(axis=1)
+        lengths = local_rows(rollout.response_mask).sum(axis=1)
+        truncated = local_rows(rollout.truncated)
+        records = []
+        for i, row in enumerate(rows):
+            mine = slice(i * count, (i + 1) * count)
+            forms = [parts.task.canonical(text, row) for text in texts[mine]]
+            records.append({
+                "prompt_id": row["prompt_id"],
+                "prompt": parts.task.prompt(row),
+                "responses": texts[mine],
+                "correct": [form is not None for form in forms],
+                "form": forms,
+                "length": lengths[mine].tolist(),
+                "truncated": truncated[mine].tolist(),
+                "kl": kl[mine].tolist(),
+            })
+        return records
+
+
+def load_run_policy(parts: Parts, run: str | Path) -> tuple[Any, Any | None]:
+    """The latest policy of a run, and the reference it started from.
+
+    Args:
+        parts: built from the run's config.
+        run: the run's folder; empty for the policy that training would start from.
+
+    Returns:
+        Parameters of both; the reference is None where the run started from random weights.
+    """
+    learner = make_learner(
+        parts, SFTConfig(), parts.config.sft.optimizer, parts.layout.batch_shards, steps=1,
+        updates=1,
+    )
+    reference = first_policy(parts, learner)
+    if not run:
+        if reference is None:
+            key = rollout_key(parts.config.seed, 0)
+            reference = init_state(learner, 1, key).params["policy"]
+        return reference, reference
+    abstract, _ = abstract_state(learner, num_prompts=1)
+    policy, _ = restore_policy(Path(run) / CHECKPOINTS, abstract.params["policy"])
+    return policy, reference
+
+
+def evaluate(config: Config, run: str | Path, out: str | Path | None = None) -> Summary:
+    """Evaluates the latest policy of a run.
+
+    Args:
+        config: the run's settings.
+        run: the run's folder; empty for the policy that training would start from.
+        out: JSON-lines file for the judged samples.
+
+    Returns:
+        name -> {"mean", "low", "high"}, 95 % intervals over prompts.
+    """
+    parts = assemble(config, Path(run) if run else Path("runs"))
+    evaluator = Evaluator(parts, config.eval)
+    policy, reference = load_run_policy(parts, run)
+    name = f"evaluate {Path(run).name}" if run else "evaluate"
+    with Progress(evaluator.num_prompts, name, unit="prompt") as progress:
+        records = evaluator.records(policy, reference, progress)
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        write_records(out, records)
+    return summarize(samples_from_records(records), k=config.eval.k)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    values = cli.config_flag_values("Evaluates a policy on held-out prompts.")
+    flags.DEFINE_string(
+        "run", "", "folder of a run; empty: the policy training would start from",
+        flag_values=values,
+    )
+    flags.DEFINE_string("out", "", "JSON-lines file for the judged samples", flag_values=values)
+    flags.DEFINE_string("json", "", "file for the summary", flag_values=values)
+
+    def start(config: Config, values: flags.FlagValues) -> None:
+        configure_jax()
+        run = values["run"].value
+        if run and not Path(run).is_dir():
+            raise InputError(f"--run={run}: no such folder; name the folder of a run")
+        summary = evaluate(config, run, values["out"].value or None)
+        print(render_table({Path(run).name or "policy": summary}))
+        if values["json"].value:
+            Path(values["json"].value).write_text(json.dumps(summary, indent=2) + "\n")
+
+    return cli.run(start, values, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

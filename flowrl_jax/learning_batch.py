@@ -1,0 +1,84 @@
+"""From a judged rollout to what the optimiser learns from, in one program."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from flowrl_jax.masking import masked_mean, masked_sum
+from flowrl_jax.objectives.advantages import normalize_rewards
+from flowrl_jax.objectives.flowrl import FlowRLConfig, log_z_target
+from flowrl_jax.train_step import Learner
+from flowrl_jax.types import Rollout, TrainBatch
+
+
+def make_learning_batch(learner: Learner) -> Callable:
+    """A jitted `(rollout, old_logprobs, ref_logprobs, reward, prompt_id)` to batch and metrics.
+
+    Args:
+        learner: names objective, group size and mesh.
+
+    Returns:
+        A function of a `Rollout`, two `[B, T]` float32 arrays, raw rewards `[B]` float32 and
+        `[B]` int32 prompt ids; it returns a `TrainBatch` and scalar metrics of the rollout.
+    """
+
+    def build(rollout: Rollout, old_logprobs, ref_logprobs, reward, prompt_id):
+        normalized = normalize_rewards(reward, learner.group_size, learner.objective.reward_norm)
+        batch = TrainBatch(
+            tokens=rollout.tokens,
+            prompt_mask=rollout.prompt_mask,
+            response_mask=rollout.response_mask,
+            old_logprobs=old_logprobs,
+            ref_logprobs=ref_logprobs,
+            reward=normalized,
+            prompt_id=prompt_id,
+            row_id=jnp.arange(reward.shape[0], dtype=jnp.int32),
+        )
+        return batch, _metrics(learner, rollout, batch, reward)
+
+    layout = learner.layout
+    return jax.jit(build, out_shardings=(layout.batch, layout.replicated))
+
+
+def _metrics(learner: Learner, rollout: Rollout, batch: TrainBatch, reward: jax.Array):
+    mask = batch.response_mask
+    length = mask.sum(axis=1)
+    groups = reward.reshape(-1, learner.group_size)
+    varied = jnp.any(groups != groups[:, :1], axis=1)
+    difference = jnp.where(mask, rollout.sampler_logprobs - batch.old_logprobs, 0.0)
+    metrics = {
+        "rollout/length_mean": jnp.mean(length.astype(jnp.float32)),
+        "rollout/length_max": jnp.max(length),
+        "rollout/truncated": jnp.mean(rollout.truncated.astype(jnp.float32)),
+        # The mean surprise of what was sampled: an unbiased estimate of the policy's entropy.
+        "rollout/entropy": -masked_mean(rollout.sampler_logprobs, mask),
+        "rollout/groups_with_signal": jnp.mean(varied.astype(jnp.float32)),
+        "rollout/sampler_logprob_diff_max": jnp.max(jnp.abs(difference)),
+        "rollout/kl_to_reference": jnp.mean(
+            masked_sum(batch.old_logprobs - batch.ref_logprobs, mask, axis=1)
+        ),
+    }
+    if isinstance(learner.objective, FlowRLConfig):
+        target = log_z_target(
+            batch.old_logprobs, batch.ref_logprobs, batch.reward, mask, learner.objective
+        )
+        means = target.reshape(groups.shape).mean(axis=1)
+        error = 1.96 * jnp.std(means) / jnp.sqrt(means.size)
+        metrics["log_z/monte_carlo_mean"] = jnp.mean(means)
+        metrics["log_z/monte_carlo_low"] = jnp.mean(means) - error
+        metrics["log_z/monte_carlo_high"] = jnp.mean(means) + error
+    return metrics
+
+
+def make_minibatch(learner: Learner, count: int) -> Callable:
+    """A jitted `(batch, i)` to the i-th of `count` equal cuts of a batch, in the order of rows."""
+
+    def cut(batch: TrainBatch, index):
+        def rows(x):
+            size = x.shape[0] // count
+            return jax.lax.dynamic_slice_in_dim(x, index * size, size)
+
+        return jax.tree.map(rows, batch)
+
+    return jax.jit(cut, out_shardings=learner.layout.batch)

@@ -1,0 +1,103 @@
+"""Token log-probabilities from hidden states, without ever holding `[B, T, V]`.
+
+For a vocabulary of 152k and 10k tokens the logits of one sequence are 6 GB in float32. Here the
+sequence is cut into chunks; a chunk's logits live only while its log-probabilities are computed,
+and the backward pass computes them again.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+
+def _chunks(x: jax.Array, size: int) -> jax.Array:
+    """`[B, T, ...]` to `[T / size, B, size, ...]`, padding T with zeros."""
+    batch, length = x.shape[:2]
+    pad = -length % size
+    x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(batch, (length + pad) // size, size, *x.shape[2:]), 1, 0)
+
+
+def _unchunk(x: jax.Array, length: int) -> jax.Array:
+    """Inverse of `_chunks`."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+
+
+def _logits(hidden: jax.Array, unembedding: jax.Array, temperature: float) -> jax.Array:
+    logits = jnp.einsum(
+        "btd,dv->btv", hidden, unembedding, preferred_element_type=jnp.float32
+    )
+    return logits / temperature
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def token_logprobs(
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    targets: jax.Array,
+    temperature: float = 1.0,
+    chunk_size: int = 512,
+) -> jax.Array:
+    """Log-probability of each target token under the policy.
+
+    Args:
+        hidden: `[B, T, D]`, the final (normalised) hidden state that predicts `targets`.
+        unembedding: `[D, V]`, in the dtype of `hidden`.
+        targets: `[B, T]` int32 in `[0, V)`.
+        temperature: logits are divided by it, as they were when the tokens were sampled.
+        chunk_size: tokens of a row whose logits are held at one time.
+
+    Returns:
+        `[B, T]` float32.
+    """
+    return _forward(hidden, unembedding, targets, temperature, chunk_size)[0]
+
+
+def _forward(hidden, unembedding, targets, temperature, chunk_size):
+    length = hidden.shape[1]
+    size = min(chunk_size, length)
+
+    def chunk(_, inputs):
+        hidden_chunk, targets_chunk = inputs
+        logits = _logits(hidden_chunk, unembedding, temperature)
+        normaliser = jax.nn.logsumexp(logits, axis=-1)
+        chosen = jnp.take_along_axis(logits, targets_chunk[..., None], axis=-1)[..., 0]
+        return None, (chosen - normaliser, normaliser)
+
+    _, (logprobs, normaliser) = jax.lax.scan(
+        chunk, None, (_chunks(hidden, size), _chunks(targets, size))
+    )
+    residuals = (hidden, unembedding, targets, normaliser)
+    return _unchunk(logprobs, length), residuals
+
+
+def _backward(temperature, chunk_size, residuals, cotangent):
+    hidden, unembedding, targets, normaliser = residuals
+    length = hidden.shape[1]
+    size = min(chunk_size, length)
+
+    def chunk(unembedding_grad, inputs):
+        hidden_chunk, targets_chunk, normaliser_chunk, cotangent_chunk = inputs
+        logits = _logits(hidden_chunk, unembedding, temperature)
+        probs = jnp.exp(logits - normaliser_chunk[..., None])
+        one_hot = jax.nn.one_hot(targets_chunk, logits.shape[-1], dtype=jnp.float32)
+        logits_grad = (one_hot - probs) * (cotangent_chunk / temperature)[..., None]
+        logits_grad = logits_grad.astype(hidden.dtype)
+        hidden_grad = jnp.einsum("btv,dv->btd", logits_grad, unembedding)
+        # The sum over chunks is kept in float32: in bfloat16 it would lose the small terms.
+        unembedding_grad += jnp.einsum(
+            "btd,btv->dv", hidden_chunk, logits_grad, preferred_element_type=jnp.float32
+        )
+        return unembedding_grad, hidden_grad
+
+    unembedding_grad, hidden_grad = jax.lax.scan(
+        chunk,
+        jnp.zeros(unembedding.shape, jnp.float32),
+        (_chunks(hidden, size), _chunks(targets, size), normaliser, _chunks(cotangent, size)),
+    )
+    return _unchunk(hidden_grad, length), unembedding_grad.astype(unembedding.dtype), None
+
+
+token_logprobs.defvjp(_forward, _backward)

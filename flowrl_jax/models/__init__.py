@@ -1,0 +1,1 @@
+"""The decoder, its attention, its log Z head and real weights for it."""

@@ -1,0 +1,60 @@
+"""Attention over masked rows, with the kernel that the platform does best."""
+
+import jax
+import jax.numpy as jnp
+
+# Large and finite: a row that may attend to nothing (padding) gets the mean of its values rather
+# than NaN, and nothing reads it.
+MASKED = -1e30
+
+
+def causal_mask(mask: jax.Array) -> jax.Array:
+    """Which column each token may attend to: itself and real tokens before it.
+
+    Args:
+        mask: `[B, T]` bool, true on real tokens.
+
+    Returns:
+        `[B, T, T]` bool.
+    """
+    length = mask.shape[1]
+    causal = jnp.tril(jnp.ones((length, length), bool))
+    return causal[None] & mask[:, None, :]
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    implementation: str = "xla",
+) -> jax.Array:
+    """Grouped-query attention with softmax in float32.
+
+    Args:
+        query: `[B, N, T, H]`; N query heads, a multiple of K.
+        key: `[B, K, S, H]`.
+        value: `[B, K, S, H]`.
+        mask: `[B, T, S]` bool, true where attending is allowed.
+        implementation: "xla", or "cudnn" (flash attention on NVIDIA GPUs, bfloat16 or float16).
+
+    Returns:
+        `[B, N, T, H]` in the dtype of `query`.
+    """
+    batch, heads, length, head_dim = query.shape
+    if implementation == "cudnn":
+        swap = lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731
+        out = jax.nn.dot_product_attention(
+            swap(query), swap(key), swap(value), mask=mask[:, None], implementation="cudnn"
+        )
+        return swap(out)
+    kv_heads = key.shape[1]
+    grouped = query.reshape(batch, kv_heads, (heads // kv_heads) * length, head_dim)
+    scores = jnp.einsum("bkth,bksh->bkts", grouped, key, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, kv_heads, heads // kv_heads, length, -1) * head_dim**-0.5
+    scores = jnp.where(mask[:, None, None], scores, MASKED)
+    probs = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    out = jnp.einsum(
+        "bkts,bksh->bkth", probs.reshape(batch, kv_heads, -1, key.shape[2]), value
+    )
+    return out.reshape(batch, heads, length, head_dim)

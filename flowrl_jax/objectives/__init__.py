@@ -1,0 +1,72 @@
+"""Objectives: what a rollout's log-probabilities and rewards say about the policy.
+
+Every objective is one file with a frozen config and a pure loss. `OBJECTIVES` is the seam to the
+trainer: a new algorithm is one file and one entry here.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flowrl_jax.objectives.flowrl import FlowRLConfig, Metrics, flowrl_loss
+from flowrl_jax.objectives.grpo import GRPOConfig, aggregate_tokens, grpo_loss
+from flowrl_jax.objectives.sft import SFTConfig, sft_loss
+
+# Numerator and denominator of the loss, `[B]` float32 each, and scalar metrics. They travel apart
+# and are divided once, over the global batch, so that no cut of the batch changes the result.
+LossTerms = tuple[jax.Array, jax.Array, Metrics]
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What the trainer knows of an algorithm.
+
+    Attributes:
+        config_class: its frozen config; has a `reward_norm` field.
+        terms: `(config, *, log_z, logprobs, ref_logprobs, old_logprobs, reward, mask)` to
+            `LossTerms`; shapes as in `flowrl_loss`.
+        needs_reference: whether this config reads `ref_logprobs`.
+    """
+
+    config_class: type
+    terms: Callable[..., LossTerms]
+    needs_reference: Callable[[Any], bool]
+
+
+def _flowrl_terms(config: FlowRLConfig, **arrays) -> LossTerms:
+    loss, metrics = flowrl_loss(config=config, **arrays)
+    return loss, jnp.ones_like(loss), metrics
+
+
+def _grpo_terms(config: GRPOConfig, *, log_z, mask, **arrays) -> LossTerms:
+    del log_z
+    loss, metrics = grpo_loss(config=config, mask=mask, **arrays)
+    return *aggregate_tokens(loss, mask, config.aggregation), metrics
+
+
+def _sft_terms(config: SFTConfig, *, logprobs, mask, **arrays) -> LossTerms:
+    del config, arrays
+    loss, metrics = sft_loss(logprobs=logprobs, mask=mask)
+    return *aggregate_tokens(loss, mask, "token"), metrics
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "flowrl": Objective(FlowRLConfig, _flowrl_terms, lambda config: True),
+    "grpo": Objective(GRPOConfig, _grpo_terms, lambda config: config.kl_coef > 0.0),
+    "sft": Objective(SFTConfig, _sft_terms, lambda config: False),
+}
+
+
+def objective_of(config: Any) -> Objective:
+    """The objective that a config belongs to.
+
+    Raises:
+        TypeError: if no objective has this kind of config.
+    """
+    for objective in OBJECTIVES.values():
+        if type(config) is objective.config_class:
+            return objective
+    raise TypeError(f"{type(config).__name__} is the config of no objective in OBJECTIVES")

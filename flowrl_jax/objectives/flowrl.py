@@ -1,0 +1,179 @@
+"""The FlowRL objective: trajectory balance with length normalisation and importance weights.
+
+With `d` the response's log-ratio to the reference, `n` its length and `r` its reward,
+
+    residual = log Z(x) + d / n - beta r(x, y)          loss = w residual^2
+
+Source: arXiv 2509.15207, equation of section 3, and three releases that differ from it and from
+each other; `docs/objective.md` lists how. The switches of `FlowRLConfig` cover all of them.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from flowrl_jax.masking import masked_sum
+from flowrl_jax.objectives.log_z import LogZConfig
+from flowrl_jax.objectives.shapes import check_shapes
+
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowRLConfig:
+    """Switches of the FlowRL objective; the defaults are the paper's.
+
+    Attributes:
+        beta: inverse temperature of the reward, in nats per unit of (normalised) reward. The
+            released code hard-codes 15.
+        weight: the detached importance weight `pi / pi_old` of a whole response: "two_sided"
+            clips it to `[1 - clip_low, 1 + clip_high]` (paper), "max" to at most `weight_max`
+            (verl recipe), "none" leaves it unclipped (first release), "unit" replaces it by 1.
+        clip_low: used by "two_sided".
+        clip_high: used by "two_sided".
+        weight_max: used by "max".
+        length_normalize: divide the log-ratio to the reference by the response's length. Without
+            it the zero of the loss is `pi_ref exp(beta r) / Z`, the target of trajectory balance.
+        reward_norm: "group" (mean 0, deviation 1 in the group of a prompt), "center" or "none".
+        log_z: where log Z comes from.
+    """
+
+    beta: float = 15.0
+    weight: str = "two_sided"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    weight_max: float = 10.0
+    length_normalize: bool = True
+    reward_norm: str = "group"
+    log_z: LogZConfig = LogZConfig()
+
+    def __post_init__(self):
+        for field, known in (
+            ("weight", ("two_sided", "max", "none", "unit")),
+            ("reward_norm", ("group", "center", "none")),
+        ):
+            if getattr(self, field) not in known:
+                raise ValueError(
+                    f"loss.{field}={getattr(self, field)!r} is not known: use one of {known}"
+                )
+        if self.beta <= 0.0:
+            raise ValueError(f"loss.beta={self.beta} must be positive")
+        if not 0.0 <= self.clip_low < 1.0 or self.clip_high < 0.0:
+            raise ValueError(
+                f"loss.clip_low={self.clip_low} must be in [0, 1) and"
+                f" loss.clip_high={self.clip_high} not negative"
+            )
+        if self.weight_max <= 0.0:
+            raise ValueError(f"loss.weight_max={self.weight_max} must be positive")
+
+
+def importance_weight(log_ratio: jax.Array, config: FlowRLConfig) -> jax.Array:
+    """The detached weight of a response.
+
+    Bounds are applied to the logarithm, where nothing overflows; only "none" can reach infinity,
+    as it does in the release, and then the optimiser step is skipped and counted.
+
+    Args:
+        log_ratio: `[B]` float32, `log pi(y|x) - log pi_old(y|x)` summed over the response.
+        config: names the clipping.
+
+    Returns:
+        `[B]` float32 without gradient.
+    """
+    return jnp.exp(_bounded(jax.lax.stop_gradient(log_ratio), config))
+
+
+def _bounded(log_ratio: jax.Array, config: FlowRLConfig) -> jax.Array:
+    """The logarithm of the importance weight."""
+    if config.weight == "unit":
+        return jnp.zeros_like(log_ratio)
+    if config.weight == "two_sided":
+        low, high = jnp.log1p(-config.clip_low), jnp.log1p(config.clip_high)
+        return jnp.clip(log_ratio, low, high)
+    if config.weight == "max":
+        return jnp.minimum(log_ratio, jnp.log(config.weight_max))
+    return log_ratio
+
+
+def reference_log_ratio(
+    logprobs: jax.Array, ref_logprobs: jax.Array, mask: jax.Array, config: FlowRLConfig
+) -> jax.Array:
+    """`d / n` (or `d`, without length normalisation) of each response, `[B]` float32 in nats."""
+    log_ratio = masked_sum(logprobs - ref_logprobs, mask, axis=1)
+    if config.length_normalize:
+        log_ratio = log_ratio / jnp.maximum(mask.astype(jnp.float32).sum(axis=1), 1.0)
+    return log_ratio
+
+
+def log_z_target(
+    logprobs: jax.Array,
+    ref_logprobs: jax.Array,
+    reward: jax.Array,
+    mask: jax.Array,
+    config: FlowRLConfig,
+) -> jax.Array:
+    """Each sample's Monte-Carlo estimate of log Z: the value at which its residual is 0.
+
+    Its mean over samples of the policy is `log Z - KL(policy || target)`, so it approaches log Z
+    from below as training converges. Arguments as in `flowrl_loss`; `[B]` without gradient.
+    """
+    log_ratio = reference_log_ratio(logprobs, ref_logprobs, mask, config)
+    return jax.lax.stop_gradient(config.beta * reward - log_ratio)
+
+
+def flowrl_loss(
+    *,
+    log_z: jax.Array,
+    logprobs: jax.Array,
+    ref_logprobs: jax.Array,
+    old_logprobs: jax.Array,
+    reward: jax.Array,
+    mask: jax.Array,
+    config: FlowRLConfig,
+) -> tuple[jax.Array, Metrics]:
+    """The loss of each response, not yet averaged.
+
+    Its gradients, for the mean over B responses, are `2 w residual mask / (B n)` by each
+    log-probability and `2 w residual / B` by log Z.
+
+    Args:
+        log_z: `[B]` float32.
+        logprobs: `[B, T]` float32 of the policy being trained; carries the gradient.
+        ref_logprobs: `[B, T]` float32 of the reference.
+        old_logprobs: `[B, T]` float32 of the policy that sampled.
+        reward: `[B]` float32, already normalised as `config.reward_norm` says.
+        mask: `[B, T]`, 1 on response tokens including the end-of-sequence token. Values where it
+            is 0 never matter, not even NaN.
+        config: switches.
+
+    Returns:
+        `[B]` float32 losses, and scalar metrics (means over the B responses; names ending in
+        `_max` are maxima).
+
+    Raises:
+        ValueError: if shapes do not fit.
+    """
+    check_shapes(
+        logprobs,
+        per_token={"ref_logprobs": ref_logprobs, "old_logprobs": old_logprobs, "mask": mask},
+        per_response={"log_z": log_z, "reward": reward},
+    )
+    flow = log_z + reference_log_ratio(logprobs, ref_logprobs, mask, config)
+    scaled_reward = config.beta * reward
+    residual = flow - scaled_reward
+    log_ratio = masked_sum(logprobs - old_logprobs, mask, axis=1)
+    weight = importance_weight(log_ratio, config)
+
+    metrics = {
+        "residual": residual,
+        "residual_abs": jnp.abs(residual),
+        "flow_abs": jnp.abs(flow),
+        "scaled_reward_abs": jnp.abs(scaled_reward),
+        "importance_weight": weight,
+        "weight_clipped": jnp.abs(log_ratio - _bounded(log_ratio, config)) > 1e-6,
+    }
+    metrics = {name: jnp.mean(value.astype(jnp.float32)) for name, value in metrics.items()}
+    metrics["importance_weight_max"] = jnp.max(weight)
+    metrics = jax.tree.map(jax.lax.stop_gradient, metrics)
+    return weight * residual**2, metrics

@@ -1,0 +1,389 @@
+"""The report as one HTML file: no script, no font, no picture from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+
+from flowrl_jax.evaluation import Summary
+from flowrl_jax.report.data import SERIES, ReportData, Run, Sample, SampleGroup, Series
+from flowrl_jax.report.plane import colors, diversity_metric, equal_accuracy, plane_svg
+from flowrl_jax.report.plot import Line, calibration_chart, line_chart, mark, text, whisker
+from flowrl_jax.report.table import figure, heading
+
+# The browser itself then refuses anything that is not in the file.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+
+LOG_Z_HEIGHT = 270.0
+
+
+def page(data: ReportData) -> str:
+    """Renders a report.
+
+    Args:
+      data: what to show; all text in it is escaped.
+
+    Returns:
+      A complete HTML document.
+    """
+    style = "".join(
+        resources.files("flowrl_jax.report").joinpath(name).read_text(encoding="utf-8")
+        for name in ("plot.css", "page.css")
+    )
+    sections = [
+        _header(data),
+        _results(data),
+        _plane(data),
+        _learning(data),
+        _log_z(data),
+        _samples(data),
+        _settings(data),
+        _footer(data),
+    ]
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{text(data.title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(part for part in sections if part)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _figure(value: float) -> str:
+    """A statistic with a proper minus sign, which the terminal's table does without."""
+    return figure(value).replace("-", "\N{MINUS SIGN}")
+
+
+def _header(data: ReportData) -> str:
+    lead = f'<p class="lead">{text(data.summary)}</p>' if data.summary else ""
+    return (
+        f'<header><p class="eyebrow">flowrl_jax report</p><h1>{text(data.title)}</h1>{lead}'
+        f"</header>{_tiles(data)}"
+    )
+
+
+def _dot(color: str) -> str:
+    return f'<i class="dot" style="--c:{color}"></i>'
+
+
+def _tiles(data: ReportData) -> str:
+    """The figures to read first: accuracy and diversity of every trained policy, and its
+    start's.
+    """
+    metric, palette = diversity_metric(data), colors(data)
+    if metric is None:
+        return ""
+    start = data.results.get(data.start or "", {})
+    tiles = []
+    for policy, summary in data.results.items():
+        if policy == data.start or not {"pass_at_1", metric} <= summary.keys():
+            continue
+        pair = []
+        for name in ("pass_at_1", metric):
+            origin = f", from {figure(start[name]['mean'])}" if name in start else ""
+            pair.append(
+                f"<div><strong>{_figure(summary[name]['mean'])}</strong>"
+                f'<span class="what">{heading(name)[0]}{origin}</span></div>'
+            )
+        tiles.append(
+            f'<div class="card tile"><h3>{_dot(palette[policy])}{text(data.label(policy))}</h3>'
+            f'<div class="pair">{"".join(pair)}</div></div>'
+        )
+    return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
+
+
+def _results(data: ReportData) -> str:
+    if not data.results:
+        return ""
+    metrics = list(dict.fromkeys(m for summary in data.results.values() for m in summary))
+    terms = "".join(
+        f"<dt>{text(heading(m)[0])}</dt><dd>{text(heading(m)[1])}</dd>"
+        for m in metrics
+        if heading(m)[1]
+    )
+    palette = colors(data)
+    rows = {policy: (data.label(policy), palette[policy]) for policy in data.results}
+    differences = ""
+    if data.differences:
+        names = {name: (name, "var(--ink)") for name in data.differences}
+        differences = (
+            _interval_table(data.differences, names, metrics, "difference", zero=True)
+            + '<p class="note under">Differences are taken prompt by prompt on the same prompts: an'
+            " interval that leaves out zero is evidence even where the intervals above overlap.</p>"
+        )
+    return (
+        "<section><h2>Results on held-out problems</h2>"
+        '<p class="note">Mean over problems with its 95 % bootstrap interval.</p>'
+        + _interval_table(data.results, rows, metrics, "policy")
+        + differences
+        + f'<dl class="terms">{terms}</dl></section>'
+    )
+
+
+def _interval_table(
+    table: Mapping[str, Summary],
+    rows: Mapping[str, tuple[str, str]],
+    metrics: Sequence[str],
+    corner: str,
+    *,
+    zero: bool = False,
+) -> str:
+    """A table of means with intervals; `rows` gives each row's heading and colour."""
+    spans = {}
+    for metric in metrics:
+        edges = [v for s in table.values() if metric in s for v in s[metric].values()]
+        edges += [0.0] if zero else []
+        spans[metric] = (min(edges, default=0.0), max(edges, default=1.0))
+    head = "".join(
+        f'<th scope="col" title="{text(heading(m)[1])}">{text(heading(m)[0])}</th>' for m in metrics
+    )
+    body = []
+    for name, summary in table.items():
+        label, color = rows[name]
+        cells = []
+        for metric in metrics:
+            if metric not in summary:
+                cells.append("<td>-</td>")
+                continue
+            v = summary[metric]
+            picture = whisker((v["mean"], v["low"], v["high"]), spans[metric], color, zero=zero)
+            cells.append(
+                f"<td><b>{_figure(v['mean'])}</b>{picture}"
+                f"<small>{_figure(v['low'])} to {_figure(v['high'])}</small></td>"
+            )
+        title = text(label) if zero else _dot(color) + text(label)
+        body.append(f'<tr><th scope="row">{title}</th>{"".join(cells)}</tr>')
+    return (
+        f'<div class="card scroll"><table><thead><tr><th scope="col">{corner}</th>{head}</tr>'
+        f"</thead><tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def _plane(data: ReportData) -> str:
+    svg = plane_svg(data)
+    if svg is None:
+        return ""
+    aside = (
+        "<p>Up and to the right is better. Small marks are evaluations during training, from faint"
+        " (early) to strong (late); the large mark is the end, with 95 % intervals."
+        + (
+            f" The diamond is the common start, {text(data.label(data.start))}."
+            if data.start
+            else ""
+        )
+        + "</p>"
+    )
+    compared = equal_accuracy(data)
+    if compared:
+        first, second, at = compared
+        palette = colors(data)
+        values = "".join(
+            f'<span class="big">{_dot(palette[name])}{_figure(float(value))}'
+            f" <small>{text(data.label(name))}</small></span>"
+            for name, value in ((first, at.first[-1]), (second, at.second[-1]))
+        )
+        aside += (
+            f"<p>Distinct correct solutions when each policy first reached pass@1 ="
+            f" {figure(float(at.accuracy[-1]))}, the highest that both reached"
+            f" (dashed):</p>{values}"
+        )
+    return (
+        "<section><h2>Accuracy and diversity</h2>"
+        '<p class="note">A policy can grow accurate by settling on one solution per problem, or'
+        " while keeping many. Comparing the two at equal accuracy separates the effects.</p>"
+        f'<div class="card wide"><div>{svg}</div><aside>{aside}</aside></div></section>'
+    )
+
+
+def _legend(data: ReportData, policies: Sequence[str]) -> str:
+    palette = colors(data)
+    items = []
+    for policy in policies:
+        color = palette[policy]
+        shape = _shape(data, policy)
+        sign = mark(shape, 13, 6, 3.6, f'fill="{color}"')
+        items.append(
+            '<li><svg viewBox="0 0 26 12" aria-hidden="true">'
+            f'<path d="M1 6H25" stroke="{color}" stroke-width="2"/>{sign}</svg>'
+            f"{text(data.label(policy))}</li>"
+        )
+    return f'<ul class="legend">{"".join(items)}</ul>'
+
+
+def _shape(data: ReportData, policy: str) -> int:
+    trained = [name for name in data.policies if name != data.start]
+    return trained.index(policy) if policy in trained else 3
+
+
+def _panel(data: ReportData, series: Series, last_step: float) -> str:
+    palette = colors(data)
+    lines = []
+    for policy, run in reversed(list(data.runs.items())):
+        curve = run.curves.get(series.name)
+        if curve is not None and len(curve.steps):
+            lines.append(
+                Line(
+                    label=data.label(policy),
+                    color=palette[policy],
+                    x=curve.steps,
+                    y=curve.values,
+                    low=curve.low,
+                    high=curve.high,
+                    style=series.style,
+                    shape=_shape(data, policy),
+                )
+            )
+    if not lines:
+        return ""
+    svg = line_chart(lines, label=series.title, x_range=(0.0, last_step), bounds=series.bounds)
+    title = f"<h3>{text(series.title)} <small>{text(series.note)}</small></h3>"
+    return f'<figure class="card">{title}{svg}</figure>'
+
+
+def _learning(data: ReportData) -> str:
+    steps = [s for run in data.runs.values() for c in run.curves.values() for s in c.steps]
+    last_step = float(max(steps, default=0)) or 1.0
+    panels = "".join(_panel(data, series, last_step) for series in SERIES if series.title)
+    if not panels:
+        return ""
+    return (
+        "<section><h2>Learning curves</h2>"
+        '<p class="note">Marks are evaluations on held-out problems. Lines without marks are'
+        " training steps: every value faint, their moving average strong.</p>"
+        f'{_legend(data, list(data.runs))}<div class="grid">{panels}</div></section>'
+    )
+
+
+def _log_z_figures(label: str, color: str, run: Run) -> list[str]:
+    figures = []
+    learned, estimate = run.curves.get("log_z"), run.curves.get("log_z_monte_carlo")
+    if learned is not None and estimate is not None:
+        lines = [
+            Line(
+                label=name,
+                color=shade,
+                x=curve.steps,
+                y=curve.values,
+                low=curve.low,
+                high=curve.high,
+                style="smooth",
+                dashed=curve is estimate,
+            )
+            for name, shade, curve in (
+                ("Monte Carlo", "var(--muted)", estimate),
+                ("learned", color, learned),
+            )
+        ]
+        svg = line_chart(
+            lines, label=f"log Z of {label} over training", width=440, height=LOG_Z_HEIGHT
+        )
+        title = f"<h3>{text(label)} <small>over training</small></h3>"
+        figures.append(f'<figure class="card">{title}{svg}</figure>')
+    if run.log_z_points:
+        svg = calibration_chart(
+            run.log_z_points,
+            color=color,
+            label=f"learned log Z of {label} against its Monte-Carlo estimate",
+            x_label="Monte-Carlo estimate of log Z",
+            y_label="learned log Z",
+            height=LOG_Z_HEIGHT,
+        )
+        title = f"<h3>{text(label)} <small>per prompt, with 95 % intervals</small></h3>"
+        figures.append(f'<figure class="card">{title}{svg}</figure>')
+    return figures
+
+
+def _log_z(data: ReportData) -> str:
+    palette = colors(data)
+    figures = [
+        part
+        for policy, run in data.runs.items()
+        for part in _log_z_figures(data.label(policy), palette[policy], run)
+    ]
+    if not figures:
+        return ""
+    return (
+        "<section><h2>log Z, learned and estimated</h2>"
+        '<p class="note">The partition function that FlowRL learns (coloured) against the'
+        " Monte-Carlo estimate from the group of samples (grey, dashed, with its interval). Where"
+        " the two part, the learned baseline of the loss is off.</p>"
+        f'<div class="grid two">{"".join(figures)}</div></section>'
+    )
+
+
+def _answers(samples: Sequence[Sample], numbers: dict[str, int]) -> str:
+    """The responses of one policy; `numbers` names the prompt's solutions and grows."""
+    seen: set[int] = set()
+    items = []
+    for sample in samples:
+        badge = '<span class="badge">cut</span>' if sample.truncated else ""
+        if sample.correct:
+            form = sample.form if sample.form is not None else sample.response
+            number = numbers.setdefault(form, len(numbers) + 1)
+            shade = "badge" if number in seen else "badge new"
+            badge = f'<span class="{shade}">solution {number}</span>'
+            seen.add(number)
+        sign = (
+            '<span class="ok" title="correct">✓</span>'
+            if sample.correct
+            else '<span class="no" title="wrong">✗</span>'
+        )
+        kind = "right" if sample.correct else "wrong"
+        items.append(
+            f'<li class="{kind}">{sign}<pre>{text(sample.response.strip() or "(empty)")}</pre>'
+            f"{badge}</li>"
+        )
+    right = sum(sample.correct for sample in samples)
+    return (
+        f'<p class="count">{right} of {len(samples)} correct, {len(seen)} distinct</p>'
+        f'<ul class="answers">{"".join(items)}</ul>'
+    )
+
+
+def _samples(data: ReportData) -> str:
+    if not data.samples:
+        return ""
+    palette = colors(data)
+
+    def group_html(group: SampleGroup) -> str:
+        numbers: dict[str, int] = {}
+        columns = "".join(
+            f"<section><h3>{_dot(palette[policy])}{text(data.label(policy))}</h3>"
+            f"{_answers(samples, numbers)}</section>"
+            for policy, samples in group.samples.items()
+        )
+        return (
+            f'<article class="card prompt"><header><pre>{text(group.prompt.strip())}</pre></header>'
+            f'<div class="columns">{columns}</div></article>'
+        )
+
+    return (
+        "<section><h2>Samples side by side</h2>"
+        '<p class="note">Responses as drawn. Correct ones carry the number of their solution,'
+        " the same for all policies; it is filled where a policy finds that solution first.</p>"
+        + "".join(group_html(group) for group in data.samples)
+        + "</section>"
+    )
+
+
+def _settings(data: ReportData) -> str:
+    if not data.settings:
+        return ""
+    rows = "".join(
+        f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>"
+        for name, value in data.settings.items()
+    )
+    return f'<section><h2>Settings</h2><dl class="card settings">{rows}</dl></section>'
+
+
+def _footer(data: ReportData) -> str:
+    facts = []
+    if data.seed is not None:
+        facts.append(f"seed {text(data.seed)}")
+    if data.seconds is not None:
+        minutes, seconds = divmod(round(data.seconds), 60)
+        facts.append(f"{minutes} min {seconds} s" if minutes else f"{seconds} s")
+    facts += [f"{text(name)} {text(version)}" for name, version in data.versions.items()]
+    command = f"<p>Made by</p><pre>{text(data.command)}</pre>" if data.command else ""
+    return f"<footer>{command}<p>{' · '.join(facts)}</p></footer>"

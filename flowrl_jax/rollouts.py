@@ -1,0 +1,159 @@
+"""Between text and arrays: prompts for the sampler, responses for the judge."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from flowrl_jax.assembly import Parts
+from flowrl_jax.errors import InputError
+from flowrl_jax.sampler import SamplerConfig, generate
+from flowrl_jax.sharding import local_rows
+from flowrl_jax.tasks import Row
+from flowrl_jax.types import PromptBatch, Rollout
+
+
+def encode_prompt(parts: Parts, text: str) -> list[int]:
+    """Token ids of a prompt, opened as the tokenizer's config says."""
+    ids = parts.tokenizer.encode(text)
+    if parts.config.tokenizer.add_bos and parts.tokenizer.bos_id is not None:
+        ids = [parts.tokenizer.bos_id, *ids]
+    return ids
+
+
+def fit_prompt(parts: Parts, ids: list[int], name: str) -> tuple[list[int], bool]:
+    """Makes a prompt fit `rollout.max_prompt_length`.
+
+    Args:
+        parts: of the run.
+        ids: the prompt's tokens.
+        name: what to call the prompt in a message.
+
+    Returns:
+        The tokens, and whether some were cut off.
+
+    Raises:
+        InputError: the prompt is empty, or too long and `rollout.long_prompts` is "error".
+    """
+    limit = parts.config.rollout.max_prompt_length
+    if not ids:
+        raise InputError(f"{name} has no tokens: a prompt needs at least one")
+    if len(ids) <= limit:
+        return ids, False
+    if parts.config.rollout.long_prompts == "truncate":
+        return ids[-limit:], True
+    raise InputError(
+        f"{name} has {len(ids)} tokens, more than rollout.max_prompt_length={limit}: raise the"
+        " limit, or set rollout.long_prompts='truncate' to keep the last tokens"
+    )
+
+
+def encode_rows(
+    parts: Parts, rows: Sequence[Row], group_size: int
+) -> tuple[dict[str, np.ndarray], int]:
+    """Arrays of a `PromptBatch` for rows of a data set, `group_size` samples of each.
+
+    Args:
+        parts: of the run.
+        rows: of the data set.
+        group_size: samples per prompt.
+
+    Returns:
+        The fields of a `PromptBatch` as host arrays, and the number of truncated prompts.
+    """
+    width = parts.config.rollout.max_prompt_length
+    tokens = np.full((len(rows), width), parts.tokenizer.pad_id, np.int32)
+    mask = np.zeros((len(rows), width), bool)
+    truncated = 0
+    for i, row in enumerate(rows):
+        ids = encode_prompt(parts, parts.task.prompt(row))
+        ids, cut = fit_prompt(parts, ids, f"prompt {row['prompt_id']}")
+        truncated += cut
+        tokens[i, width - len(ids) :] = ids
+        mask[i, width - len(ids) :] = True
+    prompt_id = np.array([row["prompt_id"] for row in rows], np.int32)
+    arrays = {
+        "tokens": np.repeat(tokens, group_size, axis=0),
+        "mask": np.repeat(mask, group_size, axis=0),
+        "prompt_id": np.repeat(prompt_id, group_size),
+        "sample_id": np.tile(np.arange(group_size, dtype=np.int32), len(rows)),
+    }
+    return arrays, truncated
+
+
+def sample(
+    parts: Parts,
+    params: Any,
+    arrays: dict[str, np.ndarray],
+    key: jax.Array,
+    sampler: SamplerConfig,
+    prompts_per_batch: int = 0,
+) -> Rollout:
+    """Draws the responses of this host's rows, together with the other hosts'.
+
+    Args:
+        parts: of the run.
+        params: the policy's parameters.
+        arrays: from `encode_rows`.
+        key: of the rollout.
+        sampler: how to sample.
+        prompts_per_batch: prompts sampled at one time on this host; 0 means all.
+
+    Returns:
+        The rollout of all rows, on the mesh.
+    """
+    rows = arrays["tokens"].shape[0]
+    size = prompts_per_batch * sampler.group_size or rows
+    pieces = []
+    for start in range(0, rows, size):
+        piece = {name: x[start : start + size] for name, x in arrays.items()}
+        batch = PromptBatch(**parts.layout.put_batch(piece))
+        with parts.layout.activate():
+            pieces.append(generate(params, batch, key, model=parts.model, config=sampler))
+    if len(pieces) == 1:
+        return pieces[0]
+    return _concatenate(pieces, parts.layout.batch)
+
+
+def _concatenate(pieces: list[Rollout], sharding: jax.sharding.Sharding) -> Rollout:
+    join = lambda *xs: jax.make_array_from_process_local_data(  # noqa: E731
+        sharding, np.concatenate([local_rows(x) for x in xs])
+    )
+    return jax.tree.map(join, *pieces)
+
+
+def responses(parts: Parts, rollout: Rollout) -> list[str]:
+    """Texts of this host's responses, the end-of-sequence token left out."""
+    width = rollout.prompt_mask.shape[1]
+    tokens = local_rows(rollout.tokens)[:, width:]
+    lengths = local_rows(rollout.response_mask).sum(axis=1)
+    texts = []
+    for ids, length in zip(tokens, lengths, strict=True):
+        kept = ids[:length].tolist()
+        if kept and kept[-1] in parts.eos_ids:
+            kept.pop()
+        texts.append(parts.tokenizer.decode(kept))
+    return texts
+
+
+def grade(parts: Parts, rows: Sequence[Row], texts: Sequence[str]) -> np.ndarray:
+    """Rewards of responses, the samples of each row adjacent.
+
+    Returns:
+        `[len(texts)]` float32.
+
+    Raises:
+        InputError: a reward is not a finite number.
+    """
+    group_size = len(texts) // len(rows)
+    rewards = np.empty(len(texts), np.float32)
+    for i, text in enumerate(texts):
+        row = rows[i // group_size]
+        rewards[i] = parts.task.grade(text, row)
+        if not np.isfinite(rewards[i]):
+            raise InputError(
+                f"task {parts.task.name} gave the reward {rewards[i]} for a response to prompt"
+                f" {row['prompt_id']}: rewards must be finite; mend the task's grade()"
+            )
+    return rewards

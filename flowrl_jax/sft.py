@@ -1,0 +1,130 @@
+"""Supervised fine-tuning on a task's demonstrations: `python -m flowrl_jax.sft --config=FILE`.
+
+A cold start for reinforcement learning: the same model, the same train step with another
+objective, and a run folder that `model.start_from` can name.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from flowrl_jax import cli
+from flowrl_jax.assembly import CHECKPOINTS, Parts, assemble, configure_jax, first_policy, make_learner
+from flowrl_jax.checkpoint import CheckpointConfig, Checkpointer, saved_steps
+from flowrl_jax.config import Config
+from flowrl_jax.datasets.pipeline import PromptSource
+from flowrl_jax.errors import InputError
+from flowrl_jax.metrics import MetricWriter
+from flowrl_jax.objectives.sft import SFTConfig
+from flowrl_jax.progress import Progress
+from flowrl_jax.rollouts import encode_prompt, fit_prompt
+from flowrl_jax.sampler import rollout_key
+from flowrl_jax.tasks import Row
+from flowrl_jax.train_step import init_state, make_train_step
+from flowrl_jax.types import TrainBatch
+
+_INIT_STREAM = 2**31 - 1
+
+
+def demonstration_arrays(parts: Parts, rows: list[Row], seed: int) -> dict[str, np.ndarray]:
+    """Arrays of a `TrainBatch` that shows one demonstration per row.
+
+    Args:
+        parts: of the run.
+        rows: of the data set.
+        seed: of the choice among a row's demonstrations.
+
+    Raises:
+        InputError: a prompt or a demonstration is too long.
+    """
+    rollout = parts.config.rollout
+    width, length = rollout.max_prompt_length, rollout.max_response_length
+    rng = np.random.default_rng(seed)
+    count = len(rows)
+    tokens = np.full((count, width + length), parts.tokenizer.pad_id, np.int32)
+    prompt_mask = np.zeros((count, width), bool)
+    response_mask = np.zeros((count, length), bool)
+    for i, row in enumerate(rows):
+        name = f"prompt {row['prompt_id']}"
+        prompt, _ = fit_prompt(parts, encode_prompt(parts, parts.task.prompt(row)), name)
+        shown = [*parts.tokenizer.encode(parts.task.demonstration(row, rng)), parts.eos_ids[0]]
+        if len(shown) > length:
+            raise InputError(
+                f"{name}: its demonstration has {len(shown)} tokens, more than"
+                f" rollout.max_response_length={length}: raise the limit"
+            )
+        tokens[i, width - len(prompt) : width] = prompt
+        tokens[i, width : width + len(shown)] = shown
+        prompt_mask[i, width - len(prompt) :] = True
+        response_mask[i, : len(shown)] = True
+    zeros = np.zeros((count, length), np.float32)
+    return {
+        "tokens": tokens, "prompt_mask": prompt_mask, "response_mask": response_mask,
+        "old_logprobs": zeros, "ref_logprobs": zeros, "reward": np.zeros(count, np.float32),
+        "prompt_id": np.array([row["prompt_id"] for row in rows], np.int32),
+        "row_id": np.arange(count, dtype=np.int32),
+    }
+
+
+def sft(config: Config, workdir: str | Path) -> None:
+    """Fine-tunes the policy that the config names and saves it as a run in `workdir`.
+
+    Raises:
+        InputError: for whatever of the config, data or folder is wrong, before compiling.
+    """
+    workdir = Path(workdir)
+    if saved_steps(workdir / CHECKPOINTS):
+        raise InputError(f"{workdir} already holds a run: choose another --workdir")
+    parts = assemble(config, workdir)
+    settings, hosts = config.sft, jax.process_count()
+    source = PromptSource(dataclasses.replace(config.data, seed=config.seed))
+    learner = make_learner(
+        parts, SFTConfig(), settings.optimizer, settings.batch_size, steps=settings.steps,
+        updates=1,
+    )
+    key = rollout_key(config.seed, _INIT_STREAM)
+    state: Any = init_state(learner, 1, key, first_policy(parts, learner))
+    step_program = make_train_step(learner, 1)
+    count = settings.batch_size // hosts
+    with (
+        Checkpointer(workdir / CHECKPOINTS, CheckpointConfig(every=0, keep=1)) as checkpointer,
+        Progress(settings.steps, f"{workdir.name} (fine-tuning)") as progress,
+        MetricWriter(
+            workdir, config=dataclasses.replace(config.metrics, table=False)
+        ) as writer,
+    ):
+        for step in range(1, settings.steps + 1):
+            position = (step - 1) * settings.batch_size + jax.process_index() * count
+            rows = source.rows(position, count)
+            # Seeded by the position: what is shown does not depend on the number of hosts' steps.
+            arrays = demonstration_arrays(parts, rows, config.seed * 1_000_003 + position)
+            batch = TrainBatch(**parts.layout.put_batch(arrays))
+            state, metrics = step_program(state, batch, key)
+            names = ("loss", "grad_norm", "skipped_steps")
+            writer.write(step, {}, {f"sft/{name}": metrics[name] for name in names})
+            progress.update()
+        writer.flush()
+        checkpointer.save_final(settings.steps, state, {"position": position})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    values = cli.config_flag_values("Fine-tunes a policy on its task's demonstrations.")
+    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+
+    def start(config: Config, values: flags.FlagValues) -> None:
+        if not values["workdir"].value:
+            raise InputError("--workdir is missing: name the folder of the run")
+        configure_jax()
+        sft(config, values["workdir"].value)
+
+    return cli.run(start, values, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""Where arrays live: a mesh, and one table from the model's axes to the mesh's.
+
+The model names its axes (`embed`, `heads`, ...); a layout says which mesh axes each of them is
+cut over. Meshes have the axes `data`, `fsdp` and `tensor`; on one device all of them are 1.
+"""
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from flowrl_jax.errors import InputError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Parameters are cut over fsdp along the embedding and over tensor along heads, mlp or vocabulary;
+# activations are cut over data and fsdp along the batch.
+RULES: tuple[tuple[str, Any], ...] = (
+    ("batch", ("data", "fsdp")),
+    ("seq", None),
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("head_dim", None),
+    ("mlp", "tensor"),
+    ("vocab", "tensor"),
+    ("layers", None),
+    ("activation_embed", None),
+    ("norm", None),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1, for one of them, takes all that are left.
+
+    Attributes:
+        data: copies of the parameters, each seeing its own rows.
+        fsdp: shards of the parameters and the optimiser's state, each seeing its own rows.
+        tensor: shards of heads, mlp and vocabulary.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """Arranges devices as `config` says.
+
+    Args:
+        config: sizes of the axes.
+        devices: all devices by default.
+
+    Raises:
+        InputError: if the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = [config.data, config.fsdp, config.tensor]
+    known = int(np.prod([size for size in shape if size != -1]))
+    if shape.count(-1) > 1 or any(size == 0 or size < -1 for size in shape):
+        raise InputError(
+            f"mesh {dict(zip(MESH_AXES, shape, strict=True))}: sizes must be positive, at most one"
+            " of them -1"
+        )
+    if -1 in shape and len(devices) % known == 0:
+        shape[shape.index(-1)] = len(devices) // known
+    if int(np.prod(shape)) != len(devices):
+        raise InputError(
+            f"mesh data x fsdp x tensor = {' x '.join(map(str, shape))} does not fit"
+            f" {len(devices)} devices: choose sizes whose product is {len(devices)}"
+        )
+    return Mesh(
+        np.array(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh and the rules by which named axes are cut over it.
+
+    Attributes:
+        mesh: the devices.
+        rules: pairs of a model axis and a mesh axis, several mesh axes or None.
+    """
+
+    mesh: Mesh
+    rules: tuple[tuple[str, Any], ...] = RULES
+
+    @property
+    def batch_shards(self) -> int:
+        """Number of parts that the rows of a batch are cut into."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    def sharding(self, *axes: str | None) -> NamedSharding:
+        """The sharding of an array whose axes have these names."""
+        return NamedSharding(self.mesh, nn.logical_to_mesh_axes(axes, self.rules))
+
+    @property
+    def batch(self) -> NamedSharding:
+        """The sharding of arrays whose first axis is the batch."""
+        return self.sharding("batch")
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """The sharding of arrays that every device holds whole."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def tree_shardings(self, boxed: Any) -> Any:
+        """Shardings of a parameter tree whose leaves are boxed with their axis names.
+
+        Leaves without names (step counters, tables) are held whole by every device.
+        """
+        return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), self.mesh, self.rules)
+
+    @contextlib.contextmanager
+    def activate(self):
+        """Makes the model's activation constraints refer to this layout while tracing."""
+        with self.mesh, nn.logical_axis_rules(self.rules):
+            yield
+
+    def put_batch(self, tree: Any) -> Any:
+        """Places host arrays with the batch as first axis; each host passes its own rows."""
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(self.batch, np.asarray(x)), tree
+        )
+
+
+def make_layout(mesh: Mesh, sizes: dict[str, int]) -> Layout:
+    """The layout of a model over a mesh.
+
+    Args:
+        mesh: from `make_mesh`.
+        sizes: of the model's axes that may be cut, e.g. `{"mlp": 512}`.
+
+    Returns:
+        The layout. Key and value heads that are fewer than the tensor axis are held whole by every
+        shard of it, as grouped-query attention wants.
+
+    Raises:
+        InputError: if a size does not divide over its mesh axis.
+    """
+    rules = dict(RULES)
+    for axis, size in sizes.items():
+        shards = 1 if rules[axis] is None else mesh.shape[rules[axis]]
+        if size % shards == 0:
+            continue
+        if axis != "kv_heads":
+            raise InputError(
+                f"the model's {axis} axis of {size} does not divide over mesh.{rules[axis]}="
+                f"{shards}: choose a divisor of {size}"
+            )
+        rules[axis] = None
+    return Layout(mesh, tuple(rules.items()))
+
+
+def local_rows(x: jax.Array) -> np.ndarray:
+    """This host's rows of an array whose first axis is the batch, in order."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Asks for a sharding of an activation by the names of its axes; a no-op without a layout."""
+    return nn.with_logical_constraint(x, axes)

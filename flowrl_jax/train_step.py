@@ -1,0 +1,351 @@
+"""One optimiser step, and the log-probabilities it compares with: jitted programs over a mesh."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from flowrl_jax.logprobs import token_logprobs
+from flowrl_jax.models.log_z import LogZHead, init_log_z, pool_prompt
+from flowrl_jax.models.transformer import Transformer, init_params
+from flowrl_jax.objectives import objective_of
+from flowrl_jax.objectives.flowrl import FlowRLConfig, log_z_target
+from flowrl_jax.objectives.log_z import LogZConfig, group_mean, update_table
+from flowrl_jax.sharding import Layout
+from flowrl_jax.types import TrainBatch, TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStepConfig:
+    """How an optimiser step is computed; nothing here changes its result beyond rounding.
+
+    Attributes:
+        micro_batch_size: responses whose activations are held at one time; 0 means all.
+        logprob_chunk: tokens of a response whose logits are held at one time.
+    """
+
+    micro_batch_size: int = 0
+    logprob_chunk: int = 256
+
+    def __post_init__(self):
+        if self.micro_batch_size < 0 or self.logprob_chunk < 1:
+            raise ValueError(
+                f"train.micro_batch_size={self.micro_batch_size} must not be negative and"
+                f" train.logprob_chunk={self.logprob_chunk} must be at least 1"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """All that is fixed about learning: model, objective, optimiser and sizes.
+
+    Attributes:
+        model: the policy's architecture.
+        objective: config of the objective, e.g. `FlowRLConfig`.
+        optimizer: over `{"policy": ..., "log_z": ...}`.
+        group_size: samples per prompt.
+        temperature: at which responses are sampled; log-probabilities are taken at it.
+        config: how steps are computed.
+        layout: where arrays live.
+    """
+
+    model: Transformer
+    objective: Any
+    optimizer: optax.GradientTransformation
+    group_size: int
+    temperature: float
+    config: TrainStepConfig
+    layout: Layout
+
+    @property
+    def log_z(self) -> LogZConfig | None:
+        """How log Z is obtained; None for objectives without one."""
+        return getattr(self.objective, "log_z", None)
+
+
+def _response_logprobs(learner: Learner, params: Any, tokens, prompt_mask, response_mask):
+    """Log-probabilities `[B, T]` of the responses, and the prompts' hidden states `[B, P, D]`."""
+    prompt_length = prompt_mask.shape[1]
+    mask = jnp.concatenate([prompt_mask, response_mask], axis=1)
+    variables = {"params": params}
+    hidden = learner.model.apply(variables, tokens, mask)
+    unembedding = learner.model.apply(variables, method="unembedding")
+    logprobs = token_logprobs(
+        hidden[:, prompt_length - 1 : -1],
+        unembedding,
+        tokens[:, prompt_length:],
+        learner.temperature,
+        learner.config.logprob_chunk,
+    )
+    return jnp.where(response_mask, logprobs, 0.0), hidden[:, :prompt_length]
+
+
+def _log_z(learner: Learner, params, hidden, batch: TrainBatch, target, key) -> jax.Array:
+    """Log Z of each row, `[B]`, from wherever the objective's config says."""
+    config = learner.log_z
+    if config is None or config.kind == "zero":
+        return jnp.zeros(batch.reward.shape)
+    if config.kind == "group":
+        return group_mean(target, learner.group_size)
+    if config.kind == "table":
+        return jax.lax.stop_gradient(params["value"][batch.prompt_id])
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch.row_id) if config.dropout else None
+    pooled = pool_prompt(hidden, batch.prompt_mask, config.pooling)
+    return LogZHead(config).apply({"params": params}, pooled, keys)
+
+
+def _loss_sums(params, batch: TrainBatch, key: jax.Array, learner: Learner):
+    """Numerator of the loss over some rows; denominator, metrics and log Z targets beside it."""
+    logprobs, hidden = _response_logprobs(
+        learner, params["policy"], batch.tokens, batch.prompt_mask, batch.response_mask
+    )
+    mask = batch.response_mask
+    arrays = {
+        "logprobs": logprobs, "ref_logprobs": batch.ref_logprobs, "reward": batch.reward,
+        "mask": mask,
+    }
+    target = None
+    if isinstance(learner.objective, FlowRLConfig):
+        target = log_z_target(config=learner.objective, **arrays)
+    log_z = _log_z(learner, params["log_z"], hidden, batch, target, key)
+    loss, weight, metrics = objective_of(learner.objective).terms(
+        learner.objective, log_z=log_z, old_logprobs=batch.old_logprobs, **arrays
+    )
+    difference = jnp.abs(jnp.where(mask, logprobs - batch.old_logprobs, 0.0))
+    metrics["old_logprob_diff_max"] = jnp.max(difference)
+    if target is not None:
+        metrics["log_z"] = jnp.mean(log_z)
+        metrics["log_z_target"] = jnp.mean(target)
+    metrics = jax.lax.stop_gradient(metrics)
+    return jnp.sum(loss), (jnp.sum(weight), metrics, target)
+
+
+def _split_rows(batch: TrainBatch, learner: Learner) -> TrainBatch:
+    """Adds a leading axis of micro-batches; each takes rows of every shard and whole groups.
+
+    Rows (or groups, where log Z is a group's mean) i, i + n, i + 2n, ... form micro-batch i of n,
+    so that the rows a device holds stay on it.
+    """
+    rows = batch.reward.shape[0]
+    size = learner.config.micro_batch_size or rows
+    unit = learner.group_size if _needs_whole_groups(learner) else 1
+    count = rows // size
+
+    def split(x):
+        x = x.reshape(size // unit, count, unit, *x.shape[1:])
+        return jnp.moveaxis(x, 1, 0).reshape(count, size, *x.shape[3:])
+
+    return jax.tree.map(split, batch)
+
+
+def _needs_whole_groups(learner: Learner) -> bool:
+    return learner.log_z is not None and learner.log_z.kind == "group"
+
+
+def check_batch(learner: Learner, rows: int) -> None:
+    """Refuses sizes that do not divide.
+
+    Args:
+        learner: names the micro-batch, the group and the mesh.
+        rows: responses in an optimiser step, over all hosts.
+
+    Raises:
+        ValueError: with the sizes, the rule and the remedy.
+    """
+    size = learner.config.micro_batch_size or rows
+    shards = learner.layout.batch_shards
+    if rows % size:
+        raise ValueError(
+            f"train.micro_batch_size={size} does not divide the {rows} responses of an optimiser"
+            " step (prompts x group size / updates): choose a divisor"
+        )
+    if size % shards:
+        raise ValueError(
+            f"{size} responses of a micro-batch do not divide over the mesh's {shards} batch"
+            " shards (data x fsdp): choose a multiple"
+        )
+    if _needs_whole_groups(learner) and size % learner.group_size:
+        raise ValueError(
+            f"train.micro_batch_size={size} cuts groups of {learner.group_size}, but"
+            " loss.log_z.kind='group' needs them whole: choose a multiple of the group size"
+        )
+
+
+def _combine(metrics: Metrics) -> Metrics:
+    """Metrics of all micro-batches from those of each: maxima of maxima, means of means."""
+    return {
+        name: jnp.max(value) if name.endswith("_max") else jnp.mean(value)
+        for name, value in metrics.items()
+    }
+
+
+def _gradients(learner: Learner, params: Any, batch: TrainBatch, key: jax.Array):
+    """Gradient of the batch's mean loss, its metrics and the log Z targets with their prompts."""
+    micro_batches = _split_rows(batch, learner)
+    count = micro_batches.reward.shape[0]
+    value_and_grad = jax.value_and_grad(_loss_sums, has_aux=True)
+
+    def accumulate(sums, micro_batch):
+        (loss, (weight, metrics, target)), grads = value_and_grad(
+            params, micro_batch, key, learner
+        )
+        return jax.tree.map(jnp.add, sums, (loss, weight, grads)), (metrics, target)
+
+    if count == 1:
+        rows = jax.tree.map(lambda x: x[0], micro_batches)
+        (loss, (weight, metrics, target)), grads = value_and_grad(params, rows, key, learner)
+    else:
+        zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), jnp.float32(0), params))
+        (loss, weight, grads), (metrics, target) = jax.lax.scan(accumulate, zeros, micro_batches)
+        metrics = _combine(metrics)
+    weight = jnp.maximum(weight, 1.0)
+    grads = jax.tree.map(lambda grad: grad / weight, grads)
+    metrics = {"loss": loss / weight, **metrics}
+    if target is not None:
+        target = target.reshape(-1)
+    return grads, metrics, (micro_batches.prompt_id.reshape(-1), target)
+
+
+def train_step(
+    state: TrainState, batch: TrainBatch, key: jax.Array, *, learner: Learner
+) -> tuple[TrainState, Metrics]:
+    """One optimiser step.
+
+    A step whose loss or gradient is not finite changes nothing but `state.skipped`.
+
+    Args:
+        state: parameters and optimiser; its buffers are donated by `make_train_step`.
+        batch: the rows to learn from.
+        key: dropout noise of the log Z head; folded with the step and each row.
+        learner: what is fixed.
+
+    Returns:
+        The new state, and scalar metrics.
+    """
+    key = jax.random.fold_in(key, state.step)
+    grads, metrics, (prompt_id, target) = _gradients(learner, state.params, batch, key)
+    updates, opt_state = learner.optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    if learner.log_z is not None and learner.log_z.kind == "table":
+        rate = learner.log_z.table_rate
+        params["log_z"] = update_table(state.params["log_z"], prompt_id, target, rate)
+
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)  # noqa: E731
+    new_state = TrainState(
+        step=state.step + 1,
+        params=keep(params, state.params),
+        opt_state=keep(opt_state, state.opt_state),
+        skipped=state.skipped + ~finite,
+    )
+    metrics |= {
+        "grad_norm": grad_norm,
+        "policy_grad_norm": optax.global_norm(grads["policy"]),
+        "log_z_grad_norm": optax.global_norm(grads["log_z"]) if grads["log_z"] else jnp.zeros(()),
+        "skipped_steps": new_state.skipped.astype(jnp.float32),
+    }
+    return new_state, metrics
+
+
+def abstract_state(learner: Learner, num_prompts: int) -> tuple[TrainState, TrainState]:
+    """Shapes of the state and where each array lives.
+
+    Args:
+        learner: what is fixed.
+        num_prompts: size of a log Z table.
+
+    Returns:
+        A state of `ShapeDtypeStruct` with shardings, and the same tree of shardings.
+    """
+    boxed = jax.eval_shape(lambda: _init(learner, num_prompts, jax.random.key(0)))
+    shardings = learner.layout.tree_shardings(boxed)
+    shapes = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        nn.unbox(boxed),
+        shardings,
+    )
+    return shapes, shardings
+
+
+def _init(learner: Learner, num_prompts: int, key: jax.Array) -> TrainState:
+    policy_key, log_z_key = jax.random.split(key)
+    config = learner.model.config
+    params = {
+        "policy": init_params(config, policy_key),
+        "log_z": init_log_z(learner.log_z, config.embed_dim, num_prompts, log_z_key),
+    }
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(step=zero, params=params, opt_state=learner.optimizer.init(params),
+                      skipped=zero)
+
+
+def init_state(learner: Learner, num_prompts: int, key: jax.Array, policy: Any = None) -> TrainState:
+    """A new state, made directly on its devices.
+
+    Args:
+        learner: what is fixed.
+        num_prompts: size of a log Z table.
+        key: of the random initialisation.
+        policy: parameters to start from instead of random ones, unboxed, any sharding.
+    """
+    _, shardings = abstract_state(learner, num_prompts)
+    with learner.layout.activate():
+        make = lambda key: nn.unbox(_init(learner, num_prompts, key))  # noqa: E731
+        state = jax.jit(make, out_shardings=shardings)(key)
+    if policy is not None:
+        placed = jax.device_put(policy, shardings.params["policy"])
+        # A copy: the state is donated at every step, the caller's parameters are not.
+        placed = jax.tree.map(jnp.copy, placed)
+        state = state.replace(params={**state.params, "policy": placed})
+    return state
+
+
+def make_train_step(learner: Learner, num_prompts: int) -> Callable:
+    """The jitted `train_step` over the learner's mesh; it donates the state it is given."""
+    _, state_shardings = abstract_state(learner, num_prompts)
+    layout = learner.layout
+
+    def step(state, batch, key):
+        with layout.activate():
+            return train_step(state, batch, key, learner=learner)
+
+    return jax.jit(
+        step,
+        in_shardings=(state_shardings, layout.batch, layout.replicated),
+        out_shardings=(state_shardings, layout.replicated),
+        donate_argnums=0,
+    )
+
+
+def make_score(learner: Learner) -> Callable:
+    """A jitted `(policy, tokens, prompt_mask, response_mask) -> logprobs [B, T]`.
+
+    The old and the reference log-probabilities; rows go through in micro-batches, so that memory
+    stays that of a train step.
+    """
+    layout = learner.layout
+
+    def score(params, tokens, prompt_mask, response_mask):
+        rows = tokens.shape[0]
+        size = learner.config.micro_batch_size or rows
+        size = size if rows % size == 0 else rows
+
+        def some(arrays):
+            return _response_logprobs(learner, params, *arrays)[0]
+
+        arrays = jax.tree.map(
+            lambda x: jnp.moveaxis(x.reshape(size, rows // size, *x.shape[1:]), 1, 0),
+            (tokens, prompt_mask, response_mask),
+        )
+        with layout.activate():
+            logprobs = jax.lax.map(some, arrays)
+        return jnp.moveaxis(logprobs, 0, 1).reshape(rows, -1)
+
+    return jax.jit(score, out_shardings=layout.batch)

@@ -1,0 +1,91 @@
+"""The arrays that travel between sampler, verifier and trainer.
+
+B = prompts x group size; the samples of one prompt are adjacent (group-major). P is the padded
+prompt length, T the padded response length. Prompts are padded on the left and responses on the
+right, so that every response starts at column P.
+"""
+
+from typing import Any
+
+import jax
+from flax import struct
+
+
+@struct.dataclass
+class PromptBatch:
+    """Prompts, one row per sample to draw.
+
+    Attributes:
+        tokens: `[B, P]` int32, padded on the left.
+        mask: `[B, P]` bool, true on the prompt's own tokens.
+        prompt_id: `[B]` int32, identifies the prompt in its data set.
+        sample_id: `[B]` int32, identifies the sample among those of its prompt.
+    """
+
+    tokens: jax.Array
+    mask: jax.Array
+    prompt_id: jax.Array
+    sample_id: jax.Array
+
+
+@struct.dataclass
+class Rollout:
+    """What the sampler returns.
+
+    Attributes:
+        tokens: `[B, P + T]` int32, prompt and response in one row.
+        prompt_mask: `[B, P]` bool.
+        response_mask: `[B, T]` bool, true up to and including the end-of-sequence token.
+        sampler_logprobs: `[B, T]` float32, under the distribution that was sampled from (after
+            temperature, top-k and top-p); 0 where `response_mask` is false.
+        truncated: `[B]` bool, true where no end-of-sequence token was drawn within T tokens.
+    """
+
+    tokens: jax.Array
+    prompt_mask: jax.Array
+    response_mask: jax.Array
+    sampler_logprobs: jax.Array
+    truncated: jax.Array
+
+
+@struct.dataclass
+class TrainBatch:
+    """What one optimiser step learns from.
+
+    Attributes:
+        tokens: `[B, P + T]` int32.
+        prompt_mask: `[B, P]` bool.
+        response_mask: `[B, T]` bool.
+        old_logprobs: `[B, T]` float32, of the policy that sampled.
+        ref_logprobs: `[B, T]` float32, of the reference policy.
+        reward: `[B]` float32, as the objective wants it (normalised within its group or not).
+        prompt_id: `[B]` int32.
+        row_id: `[B]` int32, the row's place in the rollout; seeds per-row dropout, so that the
+            result does not depend on how the batch is cut.
+    """
+
+    tokens: jax.Array
+    prompt_mask: jax.Array
+    response_mask: jax.Array
+    old_logprobs: jax.Array
+    ref_logprobs: jax.Array
+    reward: jax.Array
+    prompt_id: jax.Array
+    row_id: jax.Array
+
+
+@struct.dataclass
+class TrainState:
+    """Everything an optimiser step reads and writes.
+
+    Attributes:
+        step: scalar int32, optimiser steps taken or skipped.
+        params: `{"policy": tree, "log_z": tree}`, float32 master weights.
+        opt_state: the optimiser's state over `params`.
+        skipped: scalar int32, steps skipped because their loss or gradient was not finite.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    skipped: jax.Array

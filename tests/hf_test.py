@@ -1,0 +1,709 @@
+"""Hugging Face checkpoints: equal to transformers, refused if damaged, the same bits on return."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+from safetensors.numpy import load_file, save_file
+
+from flowrl_jax.errors import InputError
+from flowrl_jax.logprobs import token_logprobs
+from flowrl_jax.models import hf
+from flowrl_jax.models.hf import check_vocabulary, load_policy, save_policy
+from flowrl_jax.models.hf_names import leaves
+from flowrl_jax.models.transformer import Transformer, TransformerConfig, init_params
+from flowrl_jax.sampler import SamplerConfig, generate
+from flowrl_jax.sharding import MeshConfig, make_mesh
+from flowrl_jax.types import PromptBatch
+
+TINY = TransformerConfig(
+    vocab_size=64,
+    num_layers=2,
+    embed_dim=32,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=10,
+    mlp_dim=40,
+    rope_theta=5_000.0,
+    norm_eps=1e-5,
+    tie_embeddings=False,
+)
+
+# Key heads 1, 2, 3, 6 of 6; head_dim apart from hidden / heads; tied and not; other bases.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama-tied": {"num_key_value_heads": 2, "head_dim": 14, "rope_theta": 700.0, "tied": True},
+    "llama-untied": {"num_key_value_heads": 1, "rope_theta": 10_000.0, "tied": False},
+    "qwen2-tied": {"num_key_value_heads": 3, "rope_theta": 1e6, "tied": True},
+    "qwen2-untied": {"num_key_value_heads": 6, "rope_theta": 50.0, "tied": False},
+}
+
+
+def random_params(config: TransformerConfig, seed: int = 0) -> Any:
+    """Parameters of which no two are alike, norms and biases included."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda: nn.meta.unbox(init_params(config, jax.random.key(0))))
+    draw = lambda x: jnp.asarray(rng.normal(0.2, 0.5, x.shape), x.dtype)  # noqa: E731
+    return jax.tree.map(draw, shapes)
+
+
+def assert_identical(left: Any, right: Any) -> None:
+    """Same tree, dtypes and bits."""
+    jax.tree.map(lambda x, y: np.testing.assert_equal(x.dtype, y.dtype), left, right)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_array_equal(
+            np.asarray(x).view(np.uint8), np.asarray(y).view(np.uint8)
+        ),
+        left,
+        right,
+    )
+
+
+def edit_json(file: Path, **fields: Any) -> None:
+    """Sets fields of a JSON object; `...` removes one."""
+    value = json.loads(file.read_text()) | fields
+    file.write_text(json.dumps({k: v for k, v in value.items() if v is not ...}))
+
+
+def edit_tensors(file: Path, **tensors: Any) -> None:
+    """Replaces tensors, named without dots; None removes one."""
+    held = load_file(file)
+    for name, change in tensors.items():
+        name = name.replace("__", ".")
+        if change is None:
+            del held[name]
+        else:
+            held[name] = change(held.get(name))
+    save_file(held, file)
+
+
+# --- Parity with transformers
+
+
+@dataclasses.dataclass
+class Peer:
+    """The same random policy on both sides."""
+
+    folder: Path
+    theirs: Any
+    config: TransformerConfig
+    params: Any
+
+
+def make_peer(name: str, folder: Path) -> Peer:
+    """A random transformers model of a family of `FAMILIES`, saved and loaded here."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)  # for models as small as these more of them only wait
+    settings = dict(FAMILIES[name])
+    rope = {"rope_type": "default", "rope_theta": settings.pop("rope_theta")}
+    tied = settings.pop("tied")
+    prefix = "Llama" if name.startswith("llama") else "Qwen2"
+    config = getattr(transformers, f"{prefix}Config")(
+        vocab_size=101,
+        hidden_size=48,
+        intermediate_size=52,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        rms_norm_eps=3e-5,
+        tie_word_embeddings=tied,
+        rope_parameters=rope,
+        bos_token_id=None,
+        eos_token_id=None,
+        attn_implementation="eager",
+        **settings,
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
+    for key, value in model.named_parameters():
+        # Fresh norms are 1 and fresh biases 0: they would hide a mistake.
+        around = 1.0 if "norm" in key else 0.0
+        torch.nn.init.normal_(value, around, 0.3 if value.ndim == 1 else 0.17)
+    model.save_pretrained(folder)
+    return Peer(folder, model, *load_policy(folder))
+
+
+@pytest.fixture(scope="module")
+def peers(parity_packages, tmp_path_factory) -> Callable[[str], Peer]:
+    made: dict[str, Peer] = {}
+
+    def peer(name: str) -> Peer:
+        if name not in made:
+            made[name] = make_peer(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return peer
+
+
+def left_padded(lengths: tuple[int, ...], vocab: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random prompts `[B, P]` and their mask; what lies under the padding is random too."""
+    tokens = np.random.default_rng(1).integers(0, vocab, (len(lengths), max(lengths)))
+    mask = np.arange(max(lengths)) >= max(lengths) - np.array(lengths)[:, None]
+    return tokens.astype(np.int32), mask
+
+
+def torch_logits(model: Any, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    import torch
+
+    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    with torch.no_grad():
+        out = model(
+            torch.tensor(tokens).long(),
+            attention_mask=torch.tensor(mask).long(),
+            position_ids=torch.tensor(positions),
+        )
+    return out.logits.float().numpy()
+
+
+def our_logits(config: TransformerConfig, params: Any, tokens: Any, mask: Any) -> np.ndarray:
+    model = Transformer(config)
+    run = jax.jit(lambda p: model.apply({"params": p}, tokens, mask, method="logits"))
+    return np.asarray(run(params))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_equal_transformers(peers, name):
+    peer = peers(name)
+    tokens, mask = left_padded((23, 9, 1), peer.config.vocab_size)
+    ours = our_logits(peer.config, peer.params, tokens, mask)
+    theirs = torch_logits(peer.theirs, tokens, mask)
+    assert np.abs(theirs[mask]).max() > 3.0  # or else the bound would say little
+    assert np.abs(ours - theirs)[mask].max() < 2e-4
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_text_equals_transformers(peers, name):
+    import torch
+
+    peer = peers(name)
+    tokens, mask = left_padded((7, 3, 1), peer.config.vocab_size)
+    theirs = peer.theirs.generate(
+        torch.tensor(tokens).long(),
+        attention_mask=torch.tensor(mask).long(),
+        generation_config=greedy(64),
+    )
+    rows = jnp.arange(3, dtype=jnp.int32)
+    rollout = generate(
+        peer.params,
+        PromptBatch(jnp.asarray(tokens), jnp.asarray(mask), rows, rows * 0),
+        jax.random.key(0),
+        model=Transformer(peer.config),
+        config=SamplerConfig(max_response_length=64, eos_ids=(), temperature=0.0),
+    )
+    np.testing.assert_array_equal(rollout.tokens, theirs.numpy())
+    assert len(np.unique(np.asarray(rollout.tokens)[:, 7:])) > 8  # not one token over and over
+
+
+def greedy(length: int) -> Any:
+    """transformers' settings for greedy text of exactly this length."""
+    import transformers
+
+    return transformers.GenerationConfig(
+        max_new_tokens=length, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "qwen2-untied"])
+def test_logprob_gradients_equal_torch(peers, name):
+    import torch
+
+    peer = peers(name)
+    tokens, _ = left_padded((17, 17), peer.config.vocab_size)
+    peer.theirs.zero_grad()
+    rows = torch.tensor(tokens).long()
+    logprobs = torch.log_softmax(peer.theirs(rows).logits[:, :-1], dim=-1)
+    logprobs.gather(2, rows[:, 1:, None]).sum().backward()
+    theirs = {key: value.grad.numpy() for key, value in peer.theirs.named_parameters()}
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        model = Transformer(peer.config)
+        hidden: Any = model.apply({"params": params}, tokens)
+        weight: Any = model.apply({"params": params}, method="unembedding")
+        return jnp.sum(token_logprobs(hidden[:, :-1], weight, jnp.asarray(tokens[:, 1:])))
+
+    ours = jax.tree.map(np.asarray, gradient(peer.params))
+    width, block = peer.config.embed_dim, ours["layers"]
+    pairs = {
+        "embed_tokens.weight": ours["embedding"]["tokens"],
+        "layers.1.self_attn.q_proj.weight": block["attention"]["query"][1].reshape(width, -1).T,
+        "layers.0.self_attn.k_proj.weight": block["attention"]["key"][0].reshape(width, -1).T,
+        "layers.2.self_attn.o_proj.weight": block["attention"]["out"][2].reshape(-1, width).T,
+        "layers.1.mlp.up_proj.weight": block["mlp"]["up"][1].T,
+        "layers.2.post_attention_layernorm.weight": block["mlp_norm"]["scale"][2],
+        "norm.weight": ours["final_norm"]["scale"],
+    }
+    if peer.config.qkv_bias:
+        pairs["layers.1.self_attn.v_proj.bias"] = block["attention"]["value_bias"][1].reshape(-1)
+    for key, value in pairs.items():
+        expected = theirs[f"model.{key}"]
+        np.testing.assert_allclose(value, expected, rtol=2e-4, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_checkpoints_equal_transformers(peers, dtype, tmp_path):
+    import torch
+
+    peer = peers("qwen2-tied")
+    kind = type(peer.theirs)
+    half = kind.from_pretrained(peer.folder, dtype=getattr(torch, dtype))
+    half.save_pretrained(tmp_path)
+    theirs = kind.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    tokens, mask = left_padded((12,), peer.config.vocab_size)
+    config, params = load_policy(tmp_path)
+    assert not np.array_equal(params["embedding"]["tokens"], peer.params["embedding"]["tokens"])
+    ours = our_logits(config, params, tokens, mask)
+    assert np.abs(ours - torch_logits(theirs, tokens, mask)).max() < 2e-4
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_transformers_loads_what_we_save(peers, name, tmp_path):
+    import transformers
+
+    peer = peers(name)
+    save_policy(tmp_path / "out", peer.config, peer.params, shard_bytes=20_000)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert type(model) is type(peer.theirs)
+    assert model.config.eos_token_id is None and model.config.bos_token_id is None
+    tokens, mask = left_padded((12, 5), peer.config.vocab_size)
+    expected = torch_logits(peer.theirs, tokens, mask)
+    np.testing.assert_allclose(torch_logits(model, tokens, mask)[mask], expected[mask], atol=2e-5)
+    config, params = load_policy(tmp_path / "out")
+    assert config == peer.config
+    assert_identical(params, peer.params)
+
+
+# --- Out and in again
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("shard_bytes", [2**30, 9_000], ids=["one-file", "sharded"])
+def test_reload_is_bit_identical(dtype, tied, shard_bytes, tmp_path):
+    config = dataclasses.replace(
+        TINY, dtype=dtype, param_dtype=dtype, tie_embeddings=tied, qkv_bias=tied
+    )
+    params = random_params(config)
+    save_policy(tmp_path / "a", config, params, shard_bytes=shard_bytes)
+    sharded = (tmp_path / "a" / "model.safetensors.index.json").exists()
+    assert sharded == (shard_bytes == 9_000) != (tmp_path / "a" / "model.safetensors").exists()
+    again, loaded = load_policy(tmp_path / "a", dtype=dtype)
+    assert again == config
+    assert_identical(loaded, params)
+
+
+def test_cast_rounds_to_nearest(tmp_path):
+    params = random_params(TINY)
+    save_policy(tmp_path / "a", TINY, params)
+    config, loaded = load_policy(tmp_path / "a", dtype=jnp.bfloat16)
+    assert config.dtype == config.param_dtype == jnp.bfloat16
+    expected = jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16), params)
+    assert_identical(loaded, expected)
+
+
+def test_boxed_parameters_and_a_tokenizer_are_saved(tmp_path):
+    box = lambda x: nn.LogicallyPartitioned(x, (None,) * x.ndim)  # noqa: E731
+    boxed = jax.tree.map(box, random_params(TINY))
+    (tmp_path / "vocabulary.model").write_bytes(b"pieces")
+    save_policy(
+        tmp_path / "deep" / "a",
+        TINY,
+        boxed,
+        tokenizer_path=tmp_path / "vocabulary.model",
+        fields={"eos_token_id": 1, "max_position_embeddings": 512},
+    )
+    assert_identical(load_policy(tmp_path / "deep" / "a")[1], nn.meta.unbox(boxed))
+    assert (tmp_path / "deep" / "a" / "tokenizer.model").read_bytes() == b"pieces"
+    config = json.loads((tmp_path / "deep" / "a" / "config.json").read_text())
+    assert (config["eos_token_id"], config["max_position_embeddings"]) == (1, 512)
+    # The other way to name a tokenizer: a folder that holds one.
+    save_policy(tmp_path / "b", TINY, boxed, tokenizer_path=tmp_path / "deep" / "a")
+    assert (tmp_path / "b" / "tokenizer.model").read_bytes() == b"pieces"
+
+
+def test_interrupted_save_leaves_nothing(tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hf.os, "rename", stop)
+    with pytest.raises(KeyboardInterrupt):
+        save_policy(tmp_path / "a", TINY, random_params(TINY))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_save_refuses(tmp_path):
+    params = random_params(TINY)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious").write_text("x")
+    (tmp_path / "empty").mkdir()
+    other = dataclasses.replace(TINY, num_layers=3)
+    refused: list[tuple[str, Callable[[], None]]] = [
+        ("exists already", lambda: save_policy(tmp_path / "full", TINY, params)),
+        (r"key: has shape \(2, ", lambda: save_policy(tmp_path / "a", other, params)),
+        ("no tokenizer", lambda: save_policy(tmp_path / "a", TINY, params, tokenizer_path="no")),
+        (
+            "hidden_size",
+            lambda: save_policy(tmp_path / "a", TINY, params, fields={"hidden_size": 1}),
+        ),
+    ]
+    for message, call in refused:
+        with pytest.raises(InputError, match=message):
+            call()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "full"]
+    assert (tmp_path / "full" / "precious").read_text() == "x"
+    save_policy(tmp_path / "empty", TINY, params)
+    assert (tmp_path / "empty" / "model.safetensors").exists()
+
+
+# --- On a mesh
+
+
+def test_mesh_gets_equal_arrays_and_its_own_shards(tmp_path):
+    params = random_params(TINY)
+    save_policy(tmp_path / "a", TINY, params, shard_bytes=9_000)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2), jax.devices()[:8])
+    _, loaded = load_policy(tmp_path / "a", mesh=mesh)
+    assert_identical(loaded, params)
+    specs = {
+        ("embedding", "tokens"): (PartitionSpec("tensor", "fsdp"), (32, 8)),
+        ("embedding", "output"): (PartitionSpec("fsdp", "tensor"), (8, 32)),
+        ("final_norm", "scale"): (PartitionSpec(None), (32,)),
+        ("layers", "attention_norm", "scale"): (PartitionSpec(None, None), (2, 32)),
+        ("layers", "mlp_norm", "scale"): (PartitionSpec(None, None), (2, 32)),
+        ("layers", "attention", "query"): (PartitionSpec(None, "fsdp", "tensor"), (2, 8, 3, 10)),
+        ("layers", "attention", "key"): (PartitionSpec(None, "fsdp", "tensor"), (2, 8, 1, 10)),
+        ("layers", "attention", "value"): (PartitionSpec(None, "fsdp", "tensor"), (2, 8, 1, 10)),
+        ("layers", "attention", "out"): (
+            PartitionSpec(None, "tensor", None, "fsdp"),
+            (2, 3, 10, 8),
+        ),
+        ("layers", "mlp", "gate"): (PartitionSpec(None, "fsdp", "tensor"), (2, 8, 20)),
+        ("layers", "mlp", "up"): (PartitionSpec(None, "fsdp", "tensor"), (2, 8, 20)),
+        ("layers", "mlp", "down"): (PartitionSpec(None, "tensor", "fsdp"), (2, 20, 8)),
+    }
+    assert {leaf.path for leaf in leaves(TINY)} == specs.keys()
+    for path, (spec, shape) in specs.items():
+        value = loaded
+        for key in path:
+            value = value[key]
+        expected = jax.sharding.NamedSharding(mesh, spec)
+        assert value.sharding.is_equivalent_to(expected, value.ndim), path
+        assert {shard.data.shape for shard in value.addressable_shards} == {shape}, path
+    save_policy(tmp_path / "b", TINY, loaded)
+    assert_identical(load_policy(tmp_path / "b")[1], params)
+
+
+def test_mesh_that_does_not_divide_the_model_is_refused(tmp_path):
+    save_policy(tmp_path / "a", TINY, random_params(TINY))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=4), jax.devices()[:8])
+    with pytest.raises(InputError, match="does not divide the parameter layers/attention/query"):
+        load_policy(tmp_path / "a", mesh=mesh)
+
+
+WITH_BIAS = list(leaves(dataclasses.replace(TINY, qkv_bias=True)))
+
+
+class Watched:
+    """A tensor that counts the elements that are read."""
+
+    def __init__(self, value: np.ndarray):
+        self.value, self.read = value, 0
+
+    def __getitem__(self, index):
+        self.read += self.value[index].size
+        return self.value[index]
+
+
+@pytest.mark.parametrize("leaf", WITH_BIAS, ids=lambda leaf: leaf.path[-1])
+def test_a_part_is_read_alone_and_equals_the_whole(leaf):
+    value = np.arange(np.prod(leaf.shape), dtype=np.float32).reshape(leaf.shape)
+    tensor = leaf.write(value)
+    assert tensor.shape == leaf.tensor_shape and tensor.flags.c_contiguous
+    whole = tuple(slice(0, size) for size in leaf.shape)
+    np.testing.assert_array_equal(leaf.read(tensor, whole), value)
+    # Cut where the mesh cuts: anywhere but within a head.
+    cut = tuple(slice(0, n) if n == TINY.head_dim else slice(n // 2, n) for n in leaf.shape)
+    watched = Watched(tensor)
+    np.testing.assert_array_equal(leaf.read(watched, cut), value[cut])
+    assert watched.read == value[cut].size
+    # Within a head too the values are right.
+    odd = tuple(slice(1, n - 1 if n > 2 else n) for n in leaf.shape)
+    np.testing.assert_array_equal(leaf.read(tensor, odd), value[odd])
+
+
+# --- Damaged and unsupported checkpoints
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """Holds `single`, `sharded` (files of one large tensor or a few small ones) and `tied`."""
+    folder = tmp_path_factory.mktemp("saved")
+    save_policy(folder / "single", TINY, random_params(TINY))
+    save_policy(folder / "sharded", TINY, random_params(TINY), shard_bytes=9_000)
+    tied = dataclasses.replace(TINY, tie_embeddings=True, qkv_bias=True)
+    save_policy(folder / "tied", tied, random_params(tied))
+    return folder
+
+
+def refuse(folder: Path, match: str = "") -> None:
+    with pytest.raises(InputError, match=match) as info:
+        load_policy(folder)
+    assert "\n" not in str(info.value) and len(str(info.value)) < 700
+
+
+CONFIG_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
+    "family": ({"model_type": "mamba"}, 'model_type="mamba" is not supported'),
+    "no family": ({"model_type": ...}, "lacks the field model_type"),
+    "architecture": ({"architectures": ["LlamaForSequenceClassification"]}, "architectures="),
+    "rope scaling": ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling="),
+    "old rope scaling": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling="),
+    "rope scaling without type": ({"rope_scaling": {"factor": 2.0}}, "rope_scaling="),
+    "rope parameters": ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "unscaled"),
+    "partial rotary": ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters="),
+    "partial rotary field": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+    "two bases": ({"rope_parameters": {"rope_theta": 9.0}}, "contradict"),
+    "base": ({"rope_theta": 0}, "rope_theta=0 must be a positive number"),
+    "base not finite": ({"rope_theta": float("inf")}, "rope_theta=Infinity"),
+    "attention bias": ({"attention_bias": True}, "attention_bias=true is not supported"),
+    "mlp bias": ({"mlp_bias": True}, "mlp_bias=true is not supported"),
+    "activation": ({"hidden_act": "gelu"}, 'hidden_act="gelu" is not supported'),
+    "window": ({"sliding_window": 4096}, "sliding_window=4096 is not known"),
+    "quantised": ({"quantization_config": {"bits": 4}}, "quantization_config="),
+    "soft cap": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
+    "multiplier": ({"embedding_multiplier": 12}, "embedding_multiplier=12"),
+    "layers as text": ({"num_hidden_layers": "2"}, "must be a positive integer"),
+    "layers as float": ({"num_hidden_layers": 2.0}, "must be a positive integer"),
+    "no layers": ({"num_hidden_layers": 0}, "must be a positive integer"),
+    "many layers": ({"num_hidden_layers": 10**12}, "lacks the tensor model.layers.2."),
+    "one layer": ({"num_hidden_layers": 1}, "layers.1.* is not part of the model"),
+    "no width": ({"hidden_size": ...}, "lacks the field hidden_size"),
+    "width": ({"hidden_size": 36}, "asks for"),
+    "huge width": ({"hidden_size": 10**30}, "asks for"),
+    "heads": ({"num_attention_heads": 4}, "asks for"),
+    "kv heads": ({"num_key_value_heads": 4}, "num_kv_heads=4 must divide"),
+    "kv heads off": ({"num_key_value_heads": 3}, "asks for"),
+    "odd head": ({"head_dim": 5}, "head_dim=5 must be even"),
+    "no head": ({"head_dim": None}, "hidden_size=32 must be a multiple"),
+    "head": ({"head_dim": "ten"}, 'head_dim="ten"'),
+    "vocabulary": ({"vocab_size": 65}, "asks for"),
+    "eps": ({"rms_norm_eps": -1e-6}, "rms_norm_eps=-1e-06"),
+    "no eps": ({"rms_norm_eps": ...}, "lacks the field rms_norm_eps"),
+    "tied as number": ({"tie_word_embeddings": 1}, "must be true or false"),
+    "tied": ({"tie_word_embeddings": True}, "differs from model.embed_tokens.weight"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIG_ERRORS)
+def test_config_is_refused(case, saved, tmp_path):
+    fields, match = CONFIG_ERRORS[case]
+    shutil.copytree(saved / "single", tmp_path / "a")
+    edit_json(tmp_path / "a" / "config.json", **fields)
+    refuse(tmp_path / "a", match)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+        {"use_sliding_window": True, "sliding_window": 8},
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        {"layer_types": ["full_attention"]},
+        {"num_key_value_heads": ...},
+        {"use_mrope": True},
+    ],
+    ids=str,
+)
+def test_qwen2_config_is_refused(fields, saved, tmp_path):
+    shutil.copytree(saved / "tied", tmp_path / "a")
+    edit_json(tmp_path / "a" / "config.json", **fields)
+    name = "sliding_window" if "sliding_window" in fields else next(iter(fields))
+    refuse(tmp_path / "a", name)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 1},
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+        {"rope_theta": ..., "rope_parameters": {"rope_type": "default", "rope_theta": 5_000.0}},
+        {"rope_scaling": {"type": "default"}, "use_mrope": False, "quantization_config": None},
+        {"architectures": ..., "torch_dtype": "bfloat16", "max_length": 20, "temperature": 0.7},
+    ],
+    ids=str,
+)
+def test_fields_that_change_no_number_are_accepted(fields, saved, tmp_path):
+    expected = load_policy(saved / "tied")[0]
+    shutil.copytree(saved / "tied", tmp_path / "a")
+    edit_json(tmp_path / "a" / "config.json", **fields)
+    assert load_policy(tmp_path / "a")[0] == expected
+
+
+def drop(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).unlink()
+
+
+def write(name: str, content: bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def tensors(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_tensors(folder / "model.safetensors", **changes)
+
+
+def poke(value: float) -> Callable[[np.ndarray], np.ndarray]:
+    def change(x: np.ndarray) -> np.ndarray:
+        x = x.copy()
+        x.flat[7] = value
+        return x
+
+    return change
+
+
+def index(change: Callable[[dict[str, str]], dict[str, Any]]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        file = folder / "model.safetensors.index.json"
+        edit_json(file, weight_map=change(json.loads(file.read_text())["weight_map"]))
+
+    return damage
+
+
+FILE = "model.safetensors"
+QUERY, SCALE = "model.layers.1.self_attn.q_proj.weight", "model__norm__weight"
+DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "no folder": ("single", shutil.rmtree, "no such folder"),
+    "no config": ("single", drop("config.json"), "config.json: cannot be read"),
+    "config not json": ("single", write("config.json", b"{'a': 1}"), "not JSON"),
+    "config not text": ("single", write("config.json", b"\xff\xfe\x00{"), "not JSON"),
+    "config nested": ("single", write("config.json", b"[" * 100_000), "not JSON"),
+    "config a list": ("single", write("config.json", b"[]"), "not a JSON object"),
+    "no weights": ("single", drop(FILE), "neither model.safetensors nor"),
+    "empty": ("single", write(FILE, b""), "not a whole safetensors file"),
+    "pointer": ("single", write(FILE, b"version https://git-lfs.github.com"), "not a whole"),
+    "pickle": ("single", write(FILE, b"\x80\x02}q\x00." * 50), "not a whole"),
+    "missing": ("single", tensors(model__norm__weight=None), "lacks the tensor model.norm"),
+    "extra": ("single", tensors(proj_z__weight=lambda _: np.zeros(3)), "proj_z.weight is not part"),
+    "shape": ("single", tensors(model__norm__weight=lambda x: x[:-1]), r"has shape \[31\]"),
+    "transposed": (
+        "single",
+        tensors(lm_head__weight=lambda x: np.ascontiguousarray(x.T)),
+        r"\[32, 64\]",
+    ),
+    "integers": ("single", tensors(model__norm__weight=np.int32), "dtype I32"),
+    "nan": ("single", tensors(model__norm__weight=poke(np.nan)), "not finite in float32"),
+    "infinite": ("single", tensors(lm_head__weight=poke(-np.inf)), "lm_head.weight holds"),
+    "wide": (
+        "single",
+        tensors(lm_head__weight=lambda x: poke(1e300)(x.astype(np.float64))),
+        "finite",
+    ),
+    "shard absent": ("sharded", drop("model-00003-of-00014.safetensors"), "which is absent"),
+    "shard empty": ("sharded", write("model-00003-of-00014.safetensors", b""), "not a whole"),
+    "index not json": ("sharded", write(f"{FILE}.index.json", b"{"), "not JSON"),
+    "index empty": ("sharded", index(lambda _: {}), "no weight_map"),
+    "index a list": ("sharded", index(lambda place: list(place)), "no weight_map"),  # type: ignore[arg-type, return-value]
+    "index wrong": (
+        "sharded",
+        index(lambda place: place | {QUERY: place["lm_head.weight"]}),
+        "q_proj",
+    ),
+    "index lacks one": (
+        "sharded",
+        index(lambda place: {k: v for k, v in place.items() if k != QUERY}),
+        "q_proj",
+    ),
+    "index invents one": (
+        "sharded",
+        index(lambda place: place | {"a.b": place[QUERY]}),
+        "lacks the tensor a.b",
+    ),
+    "index to elsewhere": (
+        "sharded",
+        index(lambda place: place | {QUERY: "../single/model.safetensors"}),
+        "file's name",
+    ),
+    "index to a number": ("sharded", index(lambda place: place | {QUERY: 3}), "not a file's name"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_damaged_checkpoint_is_refused(case, saved, tmp_path):
+    kind, damage, match = DAMAGES[case]
+    shutil.copytree(saved / kind, tmp_path / kind)
+    load_policy(tmp_path / kind)
+    damage(tmp_path / kind)
+    refuse(tmp_path / kind, match)
+
+
+def test_a_file_is_not_a_folder(saved):
+    refuse(saved / "single" / "config.json", "is a file; give a downloaded")
+
+
+def test_numbers_too_large_for_the_dtype_are_refused(saved, tmp_path):
+    shutil.copytree(saved / "single", tmp_path / "a")
+    edit_tensors(tmp_path / "a" / FILE, lm_head__weight=poke(1e6))
+    load_policy(tmp_path / "a")
+    with pytest.raises(InputError, match="not finite in float16"):
+        load_policy(tmp_path / "a", dtype=jnp.float16)
+
+
+def test_superfluous_but_harmless_tensors_are_accepted(saved, tmp_path):
+    shutil.copytree(saved / "tied", tmp_path / "a")
+    embedding = load_file(tmp_path / "a" / FILE)["model.embed_tokens.weight"]
+    edit_tensors(
+        tmp_path / "a" / FILE,
+        lm_head__weight=lambda _: embedding,
+        model__layers__0__self_attn__rotary_emb__inv_freq=lambda _: np.ones(5, np.float32),
+    )
+    assert_identical(load_policy(tmp_path / "a")[1], load_policy(saved / "tied")[1])
+
+
+def test_every_truncation_is_refused(saved, tmp_path):
+    shutil.copytree(saved / "single", tmp_path / "a")
+    file = tmp_path / "a" / FILE
+    content = file.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    rng = np.random.default_rng(0)
+    ends = {0, 1, 7, 8, 9, header - 1, header, header + 1, len(content) - 1}
+    for end in ends | set(rng.integers(0, len(content), 20).tolist()):
+        file.write_bytes(content[:end])
+        refuse(tmp_path / "a", "not a whole safetensors file")
+    file.write_bytes(content + b"x")
+    refuse(tmp_path / "a", "not a whole safetensors file")
+
+
+@pytest.mark.parametrize("name", ["config.json", FILE, f"{FILE}.index.json"])
+def test_flipped_bits_never_end_in_a_traceback(name, saved, tmp_path):
+    shutil.copytree(saved / ("sharded" if "index" in name else "single"), tmp_path / "a")
+    file = tmp_path / "a" / name
+    content = bytearray(file.read_bytes())
+    head = 8 + int.from_bytes(content[:8], "little") if name == FILE else len(content)
+    rng = np.random.default_rng(1)
+    refused = 0
+    for _ in range(60):
+        changed = bytearray(content)
+        changed[rng.integers(head)] ^= 1 << int(rng.integers(8))
+        file.write_bytes(changed)
+        try:  # a flip may be harmless, or give another valid number
+            load_policy(tmp_path / "a")
+        except InputError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 30
+
+
+def test_vocabulary_must_fit():
+    check_vocabulary(64, TINY)
+    check_vocabulary(60, TINY)
+    with pytest.raises(InputError, match="tokenizer has 65 ids, the model 64 rows"):
+        check_vocabulary(65, TINY)

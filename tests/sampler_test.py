@@ -1,0 +1,282 @@
+"""The sampler: what it records, what a sample depends on, and what it costs."""
+
+import dataclasses
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flowrl_jax.models.transformer import Transformer, init_params
+from flowrl_jax.sampler import SamplerConfig, generate, rollout_key
+from flowrl_jax.sharding import Layout, MeshConfig, make_mesh
+from flowrl_jax.types import PromptBatch
+from tests.tiny import MESH_CONFIG, full_logits, prompt_batch, tiny_config, tiny_params
+
+CONFIG = tiny_config()
+MODEL = Transformer(CONFIG)
+PROMPT, LENGTH, GROUP = 6, 10, 3
+KEY = rollout_key(0, 0)
+# The cached and the full forward sum in different orders.
+ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
+
+SETTINGS = SamplerConfig(
+    max_response_length=LENGTH, eos_ids=(3, 5), group_size=GROUP, temperature=0.8, first_segment=4
+)
+
+
+def prompts():
+    return prompt_batch([3, 6, 1, 5], GROUP, PROMPT, CONFIG.vocab_size)
+
+
+def sample(batch=None, key=KEY, params=None, **changes):
+    return generate(
+        tiny_params(CONFIG) if params is None else params, prompts() if batch is None else batch,
+        key, model=MODEL, config=dataclasses.replace(SETTINGS, **changes),
+    )
+
+
+@pytest.fixture(scope="module")
+def rollout():
+    rollout = sample()
+    # Both ways for a response to end occur, or the tests below would show less.
+    assert 0 < rollout.truncated.sum() < len(rollout.truncated)
+    return rollout
+
+
+def responses(rollout):
+    return np.asarray(rollout.tokens)[:, rollout.prompt_mask.shape[1] :]
+
+
+def teacher_forced(rollout, temperature, config=CONFIG, params=None):
+    """`[B, T, V]` log-probabilities that one pass over the whole rows gives."""
+    mask = jnp.concatenate([rollout.prompt_mask, rollout.response_mask], 1)
+    logits = full_logits(
+        config, tiny_params(config) if params is None else params, rollout.tokens, mask
+    )
+    width = rollout.prompt_mask.shape[1]
+    return np.asarray(jax.nn.log_softmax(logits[:, width - 1 : -1] / temperature))
+
+
+def test_logprobs_are_the_teacher_forced_ones(rollout):
+    wanted = np.take_along_axis(
+        teacher_forced(rollout, 0.8), responses(rollout)[..., None], 2
+    )[..., 0]
+    mask = np.asarray(rollout.response_mask)
+    np.testing.assert_allclose(np.asarray(rollout.sampler_logprobs)[mask], wanted[mask], **ROUNDING)
+    assert not rollout.sampler_logprobs[~mask].any()
+
+
+def test_the_end_is_part_of_the_response(rollout):
+    """A peer drops it: then nobody learns to stop, and a finished row looks truncated."""
+    tokens, lengths = responses(rollout), np.asarray(rollout.response_mask).sum(1)
+    ends = np.isin(tokens, SETTINGS.eos_ids)
+    for row in range(len(tokens)):
+        n = lengths[row]
+        assert n >= 1
+        np.testing.assert_array_equal(rollout.response_mask[row], np.arange(LENGTH) < n)
+        assert not ends[row, : n - 1].any()
+        assert ends[row, n - 1] != rollout.truncated[row]
+        assert n == LENGTH or not rollout.truncated[row]
+        assert (tokens[row, n:] == SETTINGS.pad_id).all()
+        assert rollout.sampler_logprobs[row, n - 1] < 0.0
+
+
+def test_prompts_come_back_unchanged(rollout):
+    given = prompts()
+    np.testing.assert_array_equal(rollout.tokens[:, :PROMPT], given.tokens)
+    np.testing.assert_array_equal(rollout.prompt_mask, given.mask)
+
+
+def assert_same(rollout, other, rows=slice(None)):
+    """The same responses, and log-probabilities to rounding, for some rows of the first."""
+    np.testing.assert_array_equal(responses(rollout)[rows], responses(other))
+    np.testing.assert_array_equal(rollout.response_mask[rows], other.response_mask)
+    np.testing.assert_array_equal(rollout.truncated[rows], other.truncated)
+    np.testing.assert_allclose(
+        rollout.sampler_logprobs[rows], other.sampler_logprobs, **ROUNDING
+    )
+
+
+def take(batch, rows):
+    return jax.tree.map(lambda x: x[jnp.asarray(rows)], batch)
+
+
+def test_order_of_prompts_does_not_matter(rollout):
+    rows = np.arange(12).reshape(4, GROUP)[[2, 0, 3, 1]].ravel()
+    assert_same(rollout, sample(take(prompts(), rows)), rows)
+
+
+def test_batch_size_and_group_do_not_matter(rollout):
+    """Five rows of several groups, every prompt read anew for its row."""
+    rows = np.array([7, 0, 11, 4, 1])
+    assert_same(rollout, sample(take(prompts(), rows), group_size=1), rows)
+
+
+def test_segments_and_padding_do_not_matter(rollout):
+    """One segment instead of three, and three more columns of padding before every prompt."""
+    batch = prompts()
+    pad = lambda x: jnp.pad(x, ((0, 0), (3, 0)))  # noqa: E731
+    batch = batch.replace(tokens=pad(batch.tokens), mask=pad(batch.mask))
+    assert_same(rollout, sample(batch, first_segment=64))
+
+
+def test_noise_depends_on_step_seed_prompt_and_sample():
+    """A peer repeats its noise at every call, so every step samples the same responses."""
+    draws = [sample(key=rollout_key(seed, step)) for seed, step in ((0, 0), (0, 1), (1, 0))]
+    batch = prompts()
+    # All rows hold the prompt of the first; only their ids tell them apart.
+    same = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], x.shape), batch)
+    ids = batch.replace(tokens=same.tokens, mask=same.mask)
+    draws.append(sample(ids))
+    draws.append(sample(ids.replace(sample_id=ids.sample_id + 100)))
+    noise = [tuple(map(tuple, responses(r))) for r in draws]
+    assert len(set(noise)) == len(noise)
+    # Responses are short, so a few may coincide by chance; by repeated noise most would.
+    for rows in noise[3:]:
+        assert len(set(rows)) > 9
+    # And equal ids give equal responses.
+    assert len(set(map(tuple, responses(sample(same))))) == 1
+
+
+def test_other_ends_are_respected(rollout):
+    """A peer keeps the ends of its first call in the compiled loop."""
+    other = sample(eos_ids=(7,))
+    ends = responses(other) == 7
+    np.testing.assert_array_equal(ends.any(1), ~other.truncated)
+    assert np.isin(responses(other), (3, 5))[np.asarray(other.response_mask)].any()
+    # Up to the first end of either kind nothing differs.
+    both = np.asarray(rollout.response_mask) & np.asarray(other.response_mask)
+    np.testing.assert_array_equal(responses(rollout)[both], responses(other)[both])
+    assert_same(rollout, sample())
+
+
+def test_padding_may_be_the_end_token(rollout):
+    other = sample(pad_id=3)
+    mask = np.asarray(rollout.response_mask)
+    np.testing.assert_array_equal(other.response_mask, mask)
+    np.testing.assert_array_equal(other.truncated, rollout.truncated)
+    np.testing.assert_array_equal(responses(other)[mask], responses(rollout)[mask])
+    assert (responses(other)[~mask] == 3).all()
+
+
+def test_greedy_is_the_chain_of_most_likely_tokens():
+    rollout = sample(temperature=0.0)
+    best = teacher_forced(rollout, 1.0).argmax(2)
+    mask = np.asarray(rollout.response_mask)
+    np.testing.assert_array_equal(responses(rollout)[mask], best[mask])
+    np.testing.assert_array_equal(rollout.sampler_logprobs, 0.0)
+
+
+def test_truncated_sampling_records_what_it_sampled_from():
+    """A peer returns log-probabilities of the whole distribution."""
+    rollout = sample(top_k=4, top_p=0.9)
+    probs = np.exp(teacher_forced(rollout, 0.8).astype(np.float64))
+    mask = np.asarray(rollout.response_mask)
+    for row, t in zip(*np.nonzero(mask), strict=True):
+        p = probs[row, t]
+        p = np.where(p >= np.sort(p)[-4], p, 0.0)
+        p /= p.sum()
+        ordered = np.sort(p)[::-1]
+        p = np.where(p >= ordered[np.searchsorted(np.cumsum(ordered), 0.9)], p, 0.0)
+        logprob = np.log(p[responses(rollout)[row, t]] / p.sum())
+        assert float(rollout.sampler_logprobs[row, t]) == pytest.approx(logprob, abs=1e-5)
+
+
+def test_repeated_calls_compile_nothing():
+    sample(key=rollout_key(0, 7))
+    compiled = []
+    listen = lambda name, *_, **__: compiled.append(name) if "compile" in name else None  # noqa: E731
+    other_params = jax.tree.map(lambda x: 1.1 * x, tiny_params(CONFIG))
+    keys = [rollout_key(0, step) for step in (8, 9)]
+    batches = [prompts(), take(prompts(), np.arange(12)[::-1])]
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for batch, key in zip(batches, keys, strict=True):
+            jax.block_until_ready(sample(batch, key, other_params))
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert compiled == []
+
+
+@pytest.fixture
+def count_draws(monkeypatch):
+    """Samples with a program that counts how often a token per row is drawn."""
+    module = importlib.import_module("flowrl_jax.sampler.generate")
+    draws, plain = [], module.draw
+
+    def counting(logits, uniform, **settings):
+        jax.debug.callback(lambda: draws.append(1))
+        return plain(logits, uniform, **settings)
+
+    monkeypatch.setattr(module, "draw", counting)
+    program = jax.jit(generate.__wrapped__, static_argnames=("model", "config"))
+
+    def run(**changes):
+        draws.clear()
+        config = dataclasses.replace(SETTINGS, **changes)
+        rollout = program(tiny_params(CONFIG), prompts(), KEY, model=MODEL, config=config)
+        jax.block_until_ready(rollout)
+        jax.effects_barrier()
+        return rollout, len(draws)
+
+    return run
+
+
+def test_the_loop_ends_with_the_last_row(count_draws):
+    rollout, draws = count_draws(eos_ids=tuple(range(17)), max_response_length=512)
+    assert draws == 1 and not rollout.truncated.any()
+    assert rollout.response_mask.sum() == 12
+    rollout, draws = count_draws(eos_ids=tuple(range(2, 17)), max_response_length=512)
+    assert draws == rollout.response_mask.sum(1).max() < 20
+
+
+@pytest.mark.parametrize("length", [1, 4, 5])
+def test_lengths_around_a_segment(length, rollout):
+    """The first tokens are those of a longer response; one token needs no cache at all."""
+    other = sample(max_response_length=length)
+    mask = np.asarray(rollout.response_mask)[:, :length]
+    np.testing.assert_array_equal(other.response_mask, mask)
+    np.testing.assert_array_equal(responses(other), responses(rollout)[:, :length])
+    np.testing.assert_array_equal(
+        other.truncated, ~np.isin(responses(other), (3, 5)).any(1)
+    )
+
+
+MESHES = [(8, 1), (2, 4), pytest.param((1, 8), marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=lambda s: f"{s[0]}x{s[1]}")
+def test_mesh_does_not_matter(shape):
+    """Rows over 8 devices, 2 x 4, heads and vocabulary over 8: the same responses."""
+    model = Transformer(MESH_CONFIG)
+    params = tiny_params(MESH_CONFIG)
+    batch = prompt_batch([3, 6, 1, 5], 4, PROMPT, MESH_CONFIG.vocab_size)
+    config = dataclasses.replace(SETTINGS, group_size=4, max_response_length=6)
+    alone = generate(params, batch, KEY, model=model, config=config)
+    layout = Layout(make_mesh(MeshConfig(data=1, fsdp=shape[0], tensor=shape[1])))
+    boxed = jax.eval_shape(lambda: init_params(MESH_CONFIG, jax.random.key(0)))
+    placed = jax.device_put(params, layout.tree_shardings(boxed))
+    sharded = generate(placed, layout.put_batch(batch), KEY, model=model, config=config)
+    assert len(sharded.tokens.sharding.device_set) == 8
+    assert 0 < alone.truncated.sum() < 16
+    assert_same(alone, sharded)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"max_response_length": 0}, {"group_size": 0}, {"first_segment": 0}, {"temperature": -1.0},
+     {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}],
+    ids=str,
+)  # fmt: skip
+def test_wrong_settings_are_named(changes):
+    (field,) = changes
+    with pytest.raises(ValueError, match=f"sampler.{field}"):
+        dataclasses.replace(SETTINGS, **changes)
+
+
+def test_rows_must_fill_their_groups():
+    batch: PromptBatch = take(prompts(), np.arange(10))
+    with pytest.raises(ValueError, match="group"):
+        sample(batch)
