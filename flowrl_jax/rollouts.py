@@ -109,8 +109,11 @@ def sample(
     for start in range(0, rows, size):
         piece = {name: x[start : start + size] for name, x in arrays.items()}
         batch = PromptBatch(**parts.layout.put_batch(piece))
-        with parts.layout.activate():
-            pieces.append(generate(params, batch, key, model=parts.model, config=sampler))
+        pieces.append(
+            generate(
+                params, batch, key, model=parts.model, config=sampler, layout=parts.layout
+            )
+        )
     if len(pieces) == 1:
         return pieces[0]
     return _concatenate(pieces, parts.layout.batch)

@@ -5,6 +5,7 @@ cut over. Meshes have the axes `data`, `fsdp` and `tensor`; on one device all of
 """
 
 import contextlib
+import contextvars
 import dataclasses
 from typing import Any
 
@@ -120,14 +121,21 @@ class Layout:
     @contextlib.contextmanager
     def activate(self):
         """Makes the model's activation constraints refer to this layout while tracing."""
-        with self.mesh, nn.logical_axis_rules(self.rules):
+        token = _ACTIVE.set(self)
+        try:
             yield
+        finally:
+            _ACTIVE.reset(token)
 
     def put_batch(self, tree: Any) -> Any:
         """Places host arrays with the batch as first axis; each host passes its own rows."""
         return jax.tree.map(
             lambda x: jax.make_array_from_process_local_data(self.batch, np.asarray(x)), tree
         )
+
+
+# jax's own context of a mesh cannot be entered while tracing.
+_ACTIVE: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
 
 
 def make_layout(mesh: Mesh, sizes: dict[str, int]) -> Layout:
@@ -168,4 +176,5 @@ def local_rows(x: jax.Array) -> np.ndarray:
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Asks for a sharding of an activation by the names of its axes; a no-op without a layout."""
-    return nn.with_logical_constraint(x, axes)
+    layout = _ACTIVE.get()
+    return x if layout is None else jax.lax.with_sharding_constraint(x, layout.sharding(*axes))

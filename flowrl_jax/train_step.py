@@ -236,7 +236,7 @@ def train_step(
         rate = learner.log_z.table_rate
         params["log_z"] = update_table(state.params["log_z"], prompt_id, target, rate)
 
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
     keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)  # noqa: E731
     new_state = TrainState(
@@ -247,8 +247,8 @@ def train_step(
     )
     metrics |= {
         "grad_norm": grad_norm,
-        "policy_grad_norm": optax.global_norm(grads["policy"]),
-        "log_z_grad_norm": optax.global_norm(grads["log_z"]) if grads["log_z"] else jnp.zeros(()),
+        "policy_grad_norm": optax.tree.norm(grads["policy"]),
+        "log_z_grad_norm": optax.tree.norm(grads["log_z"]) if grads["log_z"] else jnp.zeros(()),
         "skipped_steps": new_state.skipped.astype(jnp.float32),
     }
     return new_state, metrics

@@ -21,11 +21,12 @@ def pytest_configure(config: pytest.Config) -> None:
     Set in this process only. Programs that tests start, and kill, must not write to the cache: an
     entry cut short is never replaced (jax warns and compiles anew each time it reads it).
     """
-    if config.cache is None:  # pytest -p no:cacheprovider
+    cache = getattr(config, "cache", None)
+    if cache is None:  # pytest -p no:cacheprovider
         return
     import jax
 
-    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax-programs")))
+    jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax-programs")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 

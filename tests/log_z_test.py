@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import chex
 import jax
@@ -167,7 +168,7 @@ def test_dropout_differs_between_layers():
     np.testing.assert_array_equal(out, again)
     assert (out != still).all() and out[0] != out[1]
     # Rebuild the output from the captured norms under each layer's own noise.
-    norms = state["intermediates"]["norm_1"]["__call__"][0]
+    norms: Any = state["intermediates"]["norm_1"]["__call__"][0]
     dropped = row_dropout(norms, 0.5, jax.vmap(jax.random.fold_in, (0, None))(keys, 1))
     rebuilt = dropped @ params["output"]["kernel"] + params["output"]["bias"]
     np.testing.assert_allclose(out, rebuilt[:, 0], rtol=1e-5)

@@ -1,5 +1,7 @@
 """Chunked log-probabilities against `log_softmax` of the whole logits."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,10 @@ from jax.extend.core import jaxprs_in_params
 from flowrl_jax.logprobs import token_logprobs
 
 B, T, D, V = 3, 7, 5, 23
+
+
+def chunked(hidden, unembedding, targets, temperature, chunk) -> Any:
+    return token_logprobs(hidden, unembedding, targets, temperature, chunk)
 
 
 def inputs(dtype=jnp.float32):
@@ -33,7 +39,7 @@ def test_values_and_gradients(chunk, temperature):
     """Chunks of one token, that do not divide T, that are T, and that are longer than T."""
     hidden, unembedding, targets, cotangent = inputs()
     ours, pull = jax.vjp(
-        lambda h, w: token_logprobs(h, w, targets, temperature, chunk), hidden, unembedding
+        lambda h, w: chunked(h, w, targets, temperature, chunk), hidden, unembedding
     )
     with jax.enable_x64(True):
         wide = [jnp.asarray(np.asarray(x), jnp.float64) for x in (hidden, unembedding)]
@@ -48,7 +54,7 @@ def test_values_and_gradients(chunk, temperature):
 
 def test_far_logits_do_not_overflow():
     hidden, unembedding, targets, _ = inputs()
-    logprobs = token_logprobs(100.0 * hidden, unembedding, targets, 0.1, 3)
+    logprobs = chunked(100.0 * hidden, unembedding, targets, 0.1, 3)
     assert np.isfinite(logprobs).all() and (logprobs <= 0.0).all()
 
 
@@ -59,7 +65,7 @@ def test_bfloat16_is_reduced_in_float32():
         hidden.astype(jnp.float32), unembedding.astype(jnp.float32), targets, temperature=1.0
     )
     ours, pull = jax.vjp(
-        lambda h, w: token_logprobs(h, w, targets, 1.0, 2), hidden, unembedding
+        lambda h, w: chunked(h, w, targets, 1.0, 2), hidden, unembedding
     )
     assert ours.dtype == jnp.float32
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
@@ -83,7 +89,7 @@ def test_logits_of_a_row_never_exist_at_once():
     targets = jnp.zeros((batch, length), jnp.int32)
 
     def ours(hidden, unembedding):
-        return token_logprobs(hidden, unembedding, targets, 1.0, chunk).sum()
+        return chunked(hidden, unembedding, targets, 1.0, chunk).sum()
 
     def textbook(hidden, unembedding):
         return whole(hidden, unembedding, targets, 1.0).sum()
@@ -105,8 +111,8 @@ def test_compiled_memory_is_a_chunks():
     )
 
     def temporary_bytes(chunk):
-        loss = lambda h, w, t: token_logprobs(h, w, t, 1.0, chunk).sum()  # noqa: E731
-        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*arguments).compile()
+        loss = lambda h, w, t: chunked(h, w, t, 1.0, chunk).sum()  # noqa: E731
+        compiled: Any = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*arguments).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(8) < 0.3 * temporary_bytes(64)

@@ -1,5 +1,7 @@
 """Masked reductions against numpy's masked arrays."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,7 @@ def test_reductions(axis, dtype):
     masked = np.ma.masked_array(x, ~mask)
     given = jnp.asarray(mask.astype(dtype))
     # Sums of at most 20 float32 numbers of size 1, in another order.
-    close = {"rtol": 1e-5, "atol": 1e-6}
+    close: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
     np.testing.assert_allclose(
         masked_sum(poisoned, given, axis), np.ma.filled(masked.sum(axis), 0.0), **close
     )

@@ -1,6 +1,7 @@
 """Objectives against loops in float64 numpy that restate their formulas."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ WEIGHTS = ["two_sided", "max", "none", "unit"]
 LENGTHS = [1, 2, 3, 5, 7, 7]
 
 
-def example(seed=0, padding=0.0):
+def example(seed=0, padding=0.0) -> dict[str, Any]:
     """Six responses of up to 7 tokens; whole-response ratios below 0.8, near 1 and above 10."""
     rng = np.random.default_rng(seed)
     mask = np.arange(7) < np.array(LENGTHS)[:, None]
@@ -338,7 +339,8 @@ def test_groups_must_divide(size):
 
 
 def test_presets_are_what_their_sources_do():
-    paper, release, recipe = (PRESETS[f"flowrl_{n}"] for n in ("paper", "release", "recipe"))
+    presets: dict[str, Any] = PRESETS
+    paper, release, recipe = (presets[f"flowrl_{n}"] for n in ("paper", "release", "recipe"))
     for preset in (paper, release, recipe):
         assert preset.beta == 15.0 and preset.length_normalize and preset.reward_norm == "group"
         head = preset.log_z
@@ -349,7 +351,7 @@ def test_presets_are_what_their_sources_do():
     assert (recipe.weight, recipe.weight_max) == ("max", 10.0)
     assert paper.log_z.pooling == "all"
     assert release.log_z.pooling == recipe.log_z.pooling == "drop_last"
-    grpo = PRESETS["grpo"]
+    grpo = presets["grpo"]
     assert (grpo.clip_low, grpo.clip_high, grpo.kl_coef) == (0.2, 0.2, 1e-3)
     assert (grpo.aggregation, grpo.reward_norm) == ("sequence", "group")
 

@@ -140,9 +140,10 @@ def test_length_normalised_zero_of_the_loss():
     log_reference = total(logprobs_of(reference))
     low, high = 0.0, BETA * float(reward.max())
     for _ in range(80):
-        zeta = (low + high) / 2
-        mass = jnp.exp(log_reference + SIZES * (BETA * reward - zeta)).sum()
-        low, high = (zeta, high) if mass > 1.0 else (low, zeta)
+        middle = (low + high) / 2
+        mass = jnp.exp(log_reference + SIZES * (BETA * reward - middle)).sum()
+        low, high = (middle, high) if mass > 1.0 else (low, middle)
+    zeta = low
     log_policy = log_reference + SIZES * (BETA * reward - zeta)
     # A distribution over responses, spread over their tokens: only its sum matters here.
     logprobs = jnp.where(MASK, (log_policy / SIZES)[:, None], jnp.nan)

@@ -101,6 +101,8 @@ def weights_of(probabilities):
         # Top-p counts what top-k leaves: 1/2 of 3/4 is 2/3.
         ([1 / 2, 1 / 4, 1 / 8, 1 / 8], 2, 0.6, [0]),
         ([1 / 2, 1 / 4, 1 / 8, 1 / 8], 2, 0.7, [0, 1]),
+        # Neighbouring floats are told apart.
+        ([1.0, 0.5, np.nextafter(np.float32(0.5), np.float32(0)), 0.25], 2, 1.0, [0, 1]),
         # Far below the largest, down to the smallest normal numbers.
         ([1.0, 1e-30, 1e-37, 0.0], 3, 1.0, [0, 1, 2]),
         ([1.0, 0.0, 0.0, 0.0], 2, 1.0, None),

@@ -1,6 +1,7 @@
 """The decoder: against a restatement in numpy, and the invariances that training relies on."""
 
 import dataclasses
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -18,7 +19,12 @@ from tests.tiny import full_logits, left_padded, tiny_config, tiny_params
 
 CONFIG = tiny_config()
 # Float32 through two layers of width 16: differences of another order of summation.
-ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
+ROUNDING: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def forward(config, params, tokens, mask=None) -> Any:
+    """Hidden states `[B, T, D]`."""
+    return Transformer(config).apply({"params": params}, tokens, mask)
 
 
 def norm(x, scale, eps):
@@ -106,7 +112,6 @@ def test_initialisation():
 def test_causality_by_gradient_support():
     """The output at t depends on the tokens up to t, all of them, and on none after."""
     params = tiny_params(CONFIG)
-    model = Transformer(CONFIG)
     length = 6
     tokens = jnp.asarray(np.random.default_rng(0).integers(1, 17, (1, length)))
 
@@ -116,11 +121,11 @@ def test_causality_by_gradient_support():
             params["embedding"]["tokens"], vectors])}
         config = dataclasses.replace(CONFIG, vocab_size=17 + length)
         own = 17 + jnp.arange(length)[None]
-        return Transformer(config).apply({"params": params | {"embedding": swapped}}, own)[0]
+        return forward(config, params | {"embedding": swapped}, own)[0]
 
     vectors = params["embedding"]["tokens"][tokens[0]]
     np.testing.assert_allclose(
-        jax.jit(outputs)(vectors), jax.jit(model.apply)({"params": params}, tokens)[0], **ROUNDING
+        jax.jit(outputs)(vectors), forward(CONFIG, params, tokens)[0], **ROUNDING
     )
     jacobian = np.asarray(jax.jit(jax.jacrev(outputs))(vectors))  # [T, D, T, D]
     reaches = np.abs(jacobian).max(axis=(1, 3)) > 0
@@ -194,12 +199,13 @@ def test_cached_decoding_is_the_full_forward(prefill):
     whole_mask = np.concatenate([mask, np.ones_like(more, bool)], 1)
     expected = full_logits(config, params, whole, whole_mask)
     positions = positions_from_mask(jnp.asarray(whole_mask))
+    tokens, mask, rows = jnp.asarray(tokens), jnp.asarray(mask), jnp.asarray(whole)
 
     @jax.jit
     def decode(params):
         weights = decode_params(params, config)
         hidden, caches = forward_cached(
-            weights, config, tokens, positions[:, :prefill], causal_mask(jnp.asarray(mask))
+            weights, config, tokens, positions[:, :prefill], causal_mask(mask)
         )
         logits = [unembed(weights, config, hidden[:, -1])]
         for i in range(5):
@@ -208,7 +214,7 @@ def test_cached_decoding_is_the_full_forward(prefill):
             index = prefill + i
             seen = np.pad(whole_mask[:, : index + 1], ((0, 0), (0, size - index - 1)))
             hidden, caches = forward_cached(
-                weights, config, whole[:, index][:, None], positions[:, index][:, None],
+                weights, config, rows[:, [index]], positions[:, [index]],
                 jnp.asarray(seen)[:, None], caches, index,
             )
             logits.append(unembed(weights, config, hidden[:, 0]))
@@ -222,10 +228,8 @@ def test_remat_changes_nothing_but_memory():
     tokens, mask = left_padded([4, 6], 6, 17)
 
     def value_and_grad(remat):
-        model = Transformer(tiny_config(remat=remat))
-
         def loss(params):
-            return (model.apply({"params": params}, tokens, mask) ** 2)[mask].sum()
+            return (forward(tiny_config(remat=remat), params, tokens, mask) ** 2)[mask].sum()
 
         return jax.value_and_grad(loss)
 
@@ -255,10 +259,9 @@ def test_program_does_not_grow_with_depth():
     def size(layers):
         config = tiny_config(num_layers=layers)
         shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-        model = Transformer(config)
 
         def loss(params):
-            return model.apply({"params": params}, jnp.zeros((1, 3), jnp.int32)).sum()
+            return forward(config, params, jnp.zeros((1, 3), jnp.int32)).sum()
 
         return count(jax.grad(loss), shapes)
 
@@ -269,17 +272,17 @@ def test_bfloat16_computes_from_float32_masters():
     """Activations and gradients' arithmetic in bfloat16; parameters and their gradients float32."""
     params = tiny_params(CONFIG)
     tokens, mask = left_padded([4, 6], 6, 17)
-    low = Transformer(tiny_config(dtype=jnp.bfloat16))
-    hidden = jax.jit(low.apply)({"params": params}, tokens, mask)
+    low = tiny_config(dtype=jnp.bfloat16)
+    run = jax.jit(forward, static_argnums=0)
+    hidden, exact = run(low, params, tokens, mask), run(CONFIG, params, tokens, mask)
     assert hidden.dtype == jnp.bfloat16
-    exact = jax.jit(Transformer(CONFIG).apply)({"params": params}, tokens, mask)
     # bfloat16 has 8 bits: 0.4 % per operation, through two layers.
     difference = np.abs(hidden.astype(jnp.float32) - exact)[mask]
     assert 0 < difference.max() < 0.1 * np.abs(exact).max()
     grads = jax.jit(jax.grad(
-        lambda p: low.apply({"params": p}, tokens, mask).astype(jnp.float32).sum()))(params)
+        lambda p: forward(low, p, tokens, mask).astype(jnp.float32).sum()))(params)
     assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype(jnp.float32)}
-    logits = full_logits(tiny_config(dtype=jnp.bfloat16), params, tokens, mask)
+    logits = full_logits(low, params, tokens, mask)
     assert logits.dtype == jnp.float32
 
 
@@ -289,7 +292,7 @@ def test_attention_that_may_see_nothing_is_finite():
     query, key, value = (jnp.asarray(rng.normal(0, 1, (1, 2, 3, 4)), jnp.float32) for _ in "qkv")
     mask = jnp.array([[[False] * 3, [True, False, False], [True, True, False]]])
     out, grads = jax.value_and_grad(
-        lambda *qkv: attend(*qkv, mask)[:, :, 1:].sum(), argnums=(0, 1, 2)
+        lambda q, k, v: attend(q, k, v, mask)[:, :, 1:].sum(), argnums=(0, 1, 2)
     )(query, key, value)
     assert np.isfinite(out) and all(np.isfinite(grad).all() for grad in grads)
     assert not grads[2][:, :, 2].any()  # nobody saw the last value

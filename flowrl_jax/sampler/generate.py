@@ -6,6 +6,7 @@ generated and the number of programs stays logarithmic in the response length. A
 as every row has ended.
 """
 
+import contextlib
 import dataclasses
 from functools import partial
 from typing import Any
@@ -17,8 +18,9 @@ from flax import struct
 from flowrl_jax.masking import positions_from_mask
 from flowrl_jax.models.attention import causal_mask
 from flowrl_jax.models.decode import decode_params, forward_cached, grow_caches, unembed
-from flowrl_jax.models.transformer import Cache, Transformer
+from flowrl_jax.models.transformer import Cache, Transformer, TransformerConfig
 from flowrl_jax.sampler.sampling import draw
+from flowrl_jax.sharding import Layout
 from flowrl_jax.types import PromptBatch, Rollout
 
 
@@ -116,9 +118,15 @@ def _record(state: _State, token, logprob, caches, config: SamplerConfig) -> _St
     )
 
 
-@partial(jax.jit, static_argnames=("model", "config"))
+@partial(jax.jit, static_argnames=("model", "config", "layout"))
 def generate(
-    params: Any, prompts: PromptBatch, key: jax.Array, *, model: Transformer, config: SamplerConfig
+    params: Any,
+    prompts: PromptBatch,
+    key: jax.Array,
+    *,
+    model: Transformer,
+    config: SamplerConfig,
+    layout: Layout | None = None,
 ) -> Rollout:
     """Samples one response per row.
 
@@ -132,63 +140,26 @@ def generate(
         key: from `rollout_key`, consumed.
         model: the policy's architecture.
         config: how to sample.
+        layout: where activations live; follows the inputs' shardings without one.
 
     Returns:
         A `Rollout` with T = `config.max_response_length`.
+
+    Raises:
+        ValueError: if the rows do not divide into groups.
     """
-    batch, prompt_length = prompts.tokens.shape
-    length = config.max_response_length
-    drawing = {
-        "temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p
-    }
-    weights = decode_params(params, model.config)
-    uniforms = _uniforms(key, prompts, length).T
-
-    one_per_group = lambda x: x.reshape(-1, config.group_size, prompt_length)[:, 0]  # noqa: E731
-    mask = one_per_group(prompts.mask)
-    hidden, caches = forward_cached(
-        weights, model.config, one_per_group(prompts.tokens), positions_from_mask(mask),
-        causal_mask(mask),
-    )
-    expand = lambda x: jnp.repeat(x, config.group_size, axis=0)  # noqa: E731
-    logits = expand(unembed(weights, model.config, hidden[:, -1]))
-    first, logprob = draw(logits, uniforms[0], **drawing)
-    state = _State(
-        count=jnp.int32(0),
-        tokens=jnp.full((length, batch), config.pad_id, jnp.int32),
-        logprobs=jnp.zeros((length, batch)),
-        done=jnp.zeros(batch, bool),
-        length=jnp.zeros(batch, jnp.int32),
-        caches=jax.tree.map(expand, caches),
-    )
-    state = _record(state, first, logprob, state.caches, config)
-    prompt_size = prompts.mask.sum(axis=1, dtype=jnp.int32)
-
-    def step(state: _State) -> _State:
-        columns = jnp.arange(state.caches[0][0].shape[2] - prompt_length)
-        generated = jnp.broadcast_to(columns < state.count, (batch, columns.size))
-        hidden, caches = forward_cached(
-            weights,
-            model.config,
-            state.tokens[state.count - 1][:, None],
-            (prompt_size + state.count - 1)[:, None],
-            jnp.concatenate([prompts.mask, generated], axis=1)[:, None],
-            state.caches,
-            prompt_length + state.count - 1,
+    if prompts.tokens.shape[0] % config.group_size:
+        raise ValueError(
+            f"{prompts.tokens.shape[0]} rows do not divide into groups of"
+            f" sampler.group_size={config.group_size}: pass every prompt that many times, in"
+            " adjacent rows"
         )
-        logits = unembed(weights, model.config, hidden[:, 0])
-        token, logprob = draw(logits, uniforms[state.count], **drawing)
-        return _record(state, token, logprob, caches, config)
-
-    for end in _segment_ends(config):
-        # The last token drawn is never written to the cache, so `end` columns serve `end + 1`.
-        caches = grow_caches(state.caches, prompt_length + end)
-        going = lambda state, end=end: (  # noqa: E731
-            (state.count < min(end + 1, length)) & ~jnp.all(state.done)
-        )
-        state = jax.lax.while_loop(going, step, state.replace(caches=caches))
-
-    response_mask = jnp.arange(length)[None] < state.length[:, None]
+    with layout.activate() if layout else contextlib.nullcontext():
+        weights = decode_params(params, model.config)
+        uniforms = _uniforms(key, prompts, config.max_response_length).T
+        state = _prefill(weights, prompts, uniforms, model.config, config)
+        state = _decode(state, weights, prompts, uniforms, model.config, config)
+    response_mask = jnp.arange(config.max_response_length)[None] < state.length[:, None]
     return Rollout(
         tokens=jnp.concatenate([prompts.tokens, state.tokens.T], axis=1),
         prompt_mask=prompts.mask,
@@ -196,3 +167,70 @@ def generate(
         sampler_logprobs=state.logprobs.T,
         truncated=~state.done,
     )
+
+
+def _draw(logits: jax.Array, uniform: jax.Array, config: SamplerConfig):
+    return draw(
+        logits, uniform, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p
+    )
+
+
+def _prefill(
+    weights: Any, prompts: PromptBatch, uniforms: jax.Array, shape: TransformerConfig,
+    config: SamplerConfig,
+) -> _State:
+    """Reads every prompt once, hands its cache to its samples and draws their first tokens."""
+    batch, width = prompts.tokens.shape
+    one_per_group = lambda x: x.reshape(-1, config.group_size, width)[:, 0]  # noqa: E731
+    expand = lambda x: jnp.repeat(x, config.group_size, axis=0)  # noqa: E731
+    mask = one_per_group(prompts.mask)
+    hidden, caches = forward_cached(
+        weights, shape, one_per_group(prompts.tokens), positions_from_mask(mask), causal_mask(mask)
+    )
+    logits = expand(unembed(weights, shape, hidden[:, -1]))
+    token, logprob = _draw(logits, uniforms[0], config)
+    state = _State(
+        count=jnp.int32(0),
+        tokens=jnp.full((config.max_response_length, batch), config.pad_id, jnp.int32),
+        logprobs=jnp.zeros((config.max_response_length, batch)),
+        done=jnp.zeros(batch, bool),
+        length=jnp.zeros(batch, jnp.int32),
+        caches=jax.tree.map(expand, caches),
+    )
+    return _record(state, token, logprob, state.caches, config)
+
+
+def _decode(
+    state: _State, weights: Any, prompts: PromptBatch, uniforms: jax.Array,
+    shape: TransformerConfig, config: SamplerConfig,
+) -> _State:
+    """Draws the other tokens, one loop per segment of the cache."""
+    batch, width = prompts.tokens.shape
+    prompt_size = prompts.mask.sum(axis=1, dtype=jnp.int32)
+
+    def step(state: _State) -> _State:
+        columns = jnp.arange(state.caches[0][0].shape[2] - width)
+        generated = jnp.broadcast_to(columns < state.count, (batch, columns.size))
+        hidden, caches = forward_cached(
+            weights,
+            shape,
+            state.tokens[state.count - 1][:, None],
+            (prompt_size + state.count - 1)[:, None],
+            jnp.concatenate([prompts.mask, generated], axis=1)[:, None],
+            state.caches,
+            width + state.count - 1,
+        )
+        logits = unembed(weights, shape, hidden[:, 0])
+        token, logprob = _draw(logits, uniforms[state.count], config)
+        return _record(state, token, logprob, caches, config)
+
+    for end in _segment_ends(config):
+        # The last token drawn is never written to the cache, so `end` columns serve `end + 1`.
+        limit = min(end + 1, config.max_response_length)
+        caches = grow_caches(state.caches, width + end)
+        state = jax.lax.while_loop(
+            lambda state, limit=limit: (state.count < limit) & ~jnp.all(state.done),
+            step,
+            state.replace(caches=caches),
+        )
+    return state

@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from flowrl_jax.errors import InputError
-from flowrl_jax.tasks import countdown, stories
+from flowrl_jax.tasks import countdown, math, stories
 from flowrl_jax.tasks.base import Row, Task, make_config, nearest
 
 __all__ = ["TASKS", "Row", "Task", "TaskConfig", "build"]
 
 TASKS: Mapping[str, tuple[type, Callable[[Any], Task]]] = {
     "countdown": (countdown.CountdownConfig, countdown.Countdown),
+    "math": (math.MathConfig, math.Math),
     "stories": (stories.StoriesConfig, stories.Stories),
 }
 """Name -> (config dataclass, task class)."""

@@ -30,14 +30,19 @@ class CountdownConfig:
         prompt_style: "compact" (`3,5,5,8=24:`) or "text" (the row's own prompt, else English).
         reward_correct: reward of a right answer.
         reward_wrong: reward of anything else.
+        careless: share of demonstrations that follow the rules without aiming at the target. A
+            policy that imitates them knows more than it shows, as a pretrained model does.
     """
 
     style: str = "expression"
     prompt_style: str = "compact"
     reward_correct: float = 1.0
     reward_wrong: float = 0.0
+    careless: float = 0.0
 
     def __post_init__(self):
+        if not 0.0 <= self.careless <= 1.0:
+            raise InputError(f"countdown careless={self.careless}: a share; give 0 to 1")
         for field, known in (("style", STYLES), ("prompt_style", PROMPT_STYLES)):
             if getattr(self, field) not in known:
                 raise InputError(
@@ -77,9 +82,13 @@ class Countdown:
     def demonstration(self, row: Row, rng: np.random.Generator) -> str:
         """Returns a right answer: each solution equally likely, then written in random order.
 
+        Or, for the share `careless` of demonstrations, an attempt that does not aim.
+
         Raises:
             InputError: the problem has no solution that the style can write.
         """
+        if self.config.careless and rng.random() < self.config.careless:
+            return self._attempt(row["numbers"], rng)
         solutions = row.get("solutions") or solver.solve(row["numbers"], row["target"])
         # A solution may have no unambiguous writing as steps; then the next one is shown.
         for i in rng.permutation(len(solutions)):
@@ -96,6 +105,16 @@ class Countdown:
             f"countdown {list(row['numbers'])} = {row['target']}: no solution to demonstrate as "
             f"{self.config.style}; train only on problems that have one"
         )
+
+    def _attempt(self, numbers: list[int], rng: np.random.Generator) -> str:
+        while True:
+            steps = render.random_steps(numbers, rng)
+            if self.config.style == "steps":
+                return steps
+            form = render.parse_steps(steps, numbers)
+            text = None if form is None else render.render_expression(form, rng)
+            if text is not None:
+                return text
 
     def _form(self, response: str, row: Row) -> solver.Form | None:
         """The form of a correct response, or None."""

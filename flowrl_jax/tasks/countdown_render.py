@@ -98,6 +98,35 @@ def parse_steps(text: str, numbers: Sequence[int]) -> Form | None:
     return pool[0]
 
 
+def random_steps(
+    numbers: Sequence[int], rng: np.random.Generator, *, max_value: int = 100
+) -> str:
+    """Plays by the rules without aiming: steps that combine the numbers at random.
+
+    Args:
+        numbers: the given numbers (>= 0).
+        rng: draws the operands and operations; its state advances.
+        max_value: the largest product allowed.
+
+    Returns:
+        Steps that are all rightly computed; their last result is whatever it is.
+    """
+    pool, steps = [int(number) for number in numbers], []
+    while len(pool) > 1:
+        a, b = (pool.pop(rng.integers(len(pool))) for _ in range(2))
+        legal = {"+": a + b}
+        if a >= b:
+            legal["-"] = a - b
+        if a * b <= max_value:
+            legal["*"] = a * b
+        if b and a % b == 0:
+            legal["/"] = a // b
+        symbol = list(legal)[rng.integers(len(legal))]
+        steps.append(f"{a}{symbol}{b}={legal[symbol]}")
+        pool.append(legal[symbol])
+    return ",".join(steps)
+
+
 class _Tree(NamedTuple):
     """A binary expression; a leaf has an empty symbol and no operands."""
 

@@ -1,0 +1,35 @@
+"""A real pretrained model, stories260K, learns to put asked-for words into its stories."""
+
+import ml_collections
+
+from configs import base
+from configs.common import preset_loss
+
+
+def get_config(preset: str = "flowrl") -> ml_collections.ConfigDict:
+    """The stories run.
+
+    Args:
+        preset: name of an objective's preset.
+    """
+    config = base.get_config()
+    config.steps = 40
+    config.model.update(path="../shared/data/stories260K/hf", remat="none")
+    config.tokenizer.add_bos = True
+    config.task = {"name": "stories", "options": {"end_bonus": 0.25}}
+    config.data.update(
+        builder="stories", options={"words": 2, "train": 1024, "test": 64, "seed": 0}
+    )
+    config.rollout.update(
+        prompts_per_step=32, group_size=8, max_prompt_length=24, max_response_length=48,
+    )
+    config.loss = preset_loss(preset)
+    config.loss.beta = 3.0
+    config.optimizer.update(
+        learning_rate=1e-3, log_z_learning_rate=1e-2, warmup_steps=2, weight_decay=0.0,
+        clip_jointly=False,
+    )
+    config.train.update(updates_per_rollout=2, logprob_chunk=48)
+    config.eval.update(every=0, prompts=32, samples=8, k=8)
+    config.checkpoint.every = 0
+    return config

@@ -1,0 +1,1 @@
+"""Rewards: judgements of a response that tasks are made of."""

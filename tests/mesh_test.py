@@ -1,0 +1,119 @@
+"""Meshes of 8 virtual devices: where arrays live, and that no result depends on it."""
+
+import jax
+import numpy as np
+import pytest
+
+from flowrl_jax.errors import InputError
+from flowrl_jax.objectives.flowrl import FlowRLConfig
+from flowrl_jax.objectives.log_z import LogZConfig
+from flowrl_jax.optimizer import OptimizerConfig, make_optimizer
+from flowrl_jax.sharding import Layout, MeshConfig, make_layout, make_mesh
+from flowrl_jax.train_step import init_state, make_score, make_train_step
+from tests.tiny import MESH_CONFIG, make_learner, make_state, tiny_params, train_batch
+
+BATCH = train_batch(MESH_CONFIG, 16, 2)
+OBJECTIVE = FlowRLConfig(beta=2.0, log_z=LogZConfig(dropout=0.3))
+KEY = jax.random.key(5)
+
+# (data, fsdp, tensor)
+MESHES = [
+    (1, 2, 4),
+    pytest.param((1, 8, 1), marks=pytest.mark.slow),
+    pytest.param((1, 1, 8), marks=pytest.mark.slow),
+    pytest.param((2, 2, 2), marks=pytest.mark.slow),
+]
+
+
+def name(shape):
+    return "x".join(map(str, shape))
+
+
+def gradient(mesh, micro_batch_size=0):
+    """Gradient and metrics of one step over a mesh, on the host."""
+    learner = make_learner(
+        MESH_CONFIG, OBJECTIVE, mesh=mesh, micro_batch_size=micro_batch_size
+    )
+    batch = learner.layout.put_batch(BATCH)
+    state, metrics = make_train_step(learner, 8)(make_state(learner), batch, KEY)
+    return jax.device_get((state.opt_state, metrics))
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return gradient((1, 1, 1))
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=name)
+def test_loss_and_gradient_do_not_depend_on_the_mesh(mesh, alone):
+    """In micro-batches as well: each takes rows of every shard."""
+    grads, metrics = gradient(mesh, micro_batch_size=8)
+    for key, value in alone[1].items():
+        np.testing.assert_allclose(metrics[key], value, rtol=1e-5, atol=1e-5, err_msg=key)
+    paths = jax.tree_util.tree_leaves_with_path(alone[0])
+    for (path, expected), found in zip(paths, jax.tree.leaves(grads), strict=True):
+        # To 1e-5 of the parameter's largest gradient: float32 sums in another order.
+        np.testing.assert_allclose(
+            found, expected, atol=1e-5 * np.abs(expected).max() + 1e-8,
+            err_msg=jax.tree_util.keystr(path),
+        )
+
+
+@pytest.mark.parametrize("mesh", MESHES[:1], ids=name)
+def test_logprobs_do_not_depend_on_the_mesh(mesh):
+    arrays = BATCH.tokens, BATCH.prompt_mask, BATCH.response_mask
+    scores = []
+    for shape in ((1, 1, 1), mesh):
+        learner = make_learner(MESH_CONFIG, OBJECTIVE, mesh=shape)
+        params = make_state(learner).params["policy"]
+        scores.append(make_score(learner)(params, *learner.layout.put_batch(arrays)))
+    np.testing.assert_allclose(*map(np.asarray, scores), rtol=1e-5, atol=1e-5)
+
+
+def test_a_state_is_made_in_pieces():
+    """Policy and Adam's moments are cut over fsdp and tensor; every mesh has the same numbers."""
+    optimizer = make_optimizer(OptimizerConfig(), 10, 1, train_log_z=True)
+    learner = make_learner(MESH_CONFIG, OBJECTIVE, mesh=(1, 2, 4), optimizer=optimizer)
+    state = init_state(learner, 8, jax.random.key(0))
+    kernel = state.params["policy"]["layers"]["mlp"]["up"]
+    assert kernel.shape == (2, 16, 24)
+    assert kernel.addressable_shards[0].data.shape == (2, 8, 6)
+    embedding = state.params["policy"]["embedding"]["tokens"]
+    assert embedding.addressable_shards[0].data.shape == (32 // 4, 16 // 2)
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == kernel.shape]
+    assert len(moments) >= 2 and all(m.sharding == kernel.sharding for m in moments)
+    single = init_state(
+        make_learner(MESH_CONFIG, OBJECTIVE, optimizer=optimizer), 8, jax.random.key(0)
+    )
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(single))
+    # Parameters that are given are placed likewise.
+    given = init_state(learner, 8, jax.random.key(0), policy=tiny_params(MESH_CONFIG))
+    assert given.params["policy"]["layers"]["mlp"]["up"].sharding == kernel.sharding
+
+
+def test_mesh_takes_the_devices_that_are_left():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=-1, tensor=2))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert Layout(mesh).batch_shards == 4
+    assert dict(make_mesh(MeshConfig(), jax.devices()[:1]).shape) == dict.fromkeys(
+        ("data", "fsdp", "tensor"), 1
+    )
+
+
+@pytest.mark.parametrize(
+    "sizes", [(3, -1, 1), (1, 4, 1), (-1, -1, 1), (0, 8, 1), (-2, 4, 1), (1, 16, 1)]
+)
+def test_sizes_that_do_not_fit_are_refused(sizes):
+    with pytest.raises(InputError, match=r"mesh") as caught:
+        make_mesh(MeshConfig(*sizes))
+    assert "\n" not in str(caught.value)
+
+
+def test_layout_of_sizes_that_do_not_divide():
+    """Few key and value heads are held whole by every shard; anything else is an error."""
+    mesh = make_mesh(MeshConfig(1, 2, 4))
+    layout = make_layout(mesh, {"heads": 8, "kv_heads": 2, "embed": 16, "mlp": 24, "vocab": 32})
+    rules = dict(layout.rules)
+    assert rules["kv_heads"] is None and rules["heads"] == "tensor" and rules["embed"] == "fsdp"
+    with pytest.raises(InputError, match=r"vocab axis of 33 .*mesh\.tensor=4"):
+        make_layout(mesh, {"vocab": 33})
