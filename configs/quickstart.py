@@ -38,24 +38,43 @@ def get_config(objective: str = "flowrl") -> ml_collections.ConfigDict:
     config = base.get_config()
     config.steps = 120
     config.model.update(
-        num_layers=3, embed_dim=64, num_heads=4, num_kv_heads=4, head_dim=16, mlp_dim=256,
-        init_std=0.1, remat="dots",
+        num_layers=3,
+        embed_dim=64,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=16,
+        mlp_dim=256,
+        init_std=0.1,
+        remat="dots",
     )
     config.tokenizer.max_number = 100
     config.task.options = {"style": "steps", "careless": 0.5}
     config.data.options = {
-        "sizes": (4,), "number_min": 1, "number_max": 6, "target_min": 1, "target_max": 24,
-        "min_solutions": 6, "max_value": 100, "train": 640, "test": 200,
+        "sizes": (4,),
+        "number_min": 1,
+        "number_max": 6,
+        "target_min": 1,
+        "target_max": 24,
+        "min_solutions": 6,
+        "max_value": 100,
+        "train": 640,
+        "test": 200,
     }
     config.rollout.update(
-        prompts_per_step=64, group_size=8, max_prompt_length=12, max_response_length=20,
+        prompts_per_step=64,
+        group_size=8,
+        max_prompt_length=12,
+        max_response_length=20,
     )
     name = "grpo" if objective == "grpo" else "flowrl"
     config.loss = loss_fields(name, PRESETS[objective])
     if objective == "flowrl":
         config.loss.beta = 0.7
     config.optimizer.update(
-        learning_rate=5e-4, log_z_learning_rate=5e-3, warmup_steps=5, weight_decay=0.0,
+        learning_rate=5e-4,
+        log_z_learning_rate=5e-3,
+        warmup_steps=5,
+        weight_decay=0.0,
         clip_jointly=False,
     )
     config.train.update(updates_per_rollout=2, logprob_chunk=64)

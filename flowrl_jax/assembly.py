@@ -2,28 +2,34 @@
 
 import dataclasses
 import json
+import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from flowrl_jax.checkpoint import restore_policy
+from flowrl_jax.checkpoint import restore_policy, saved_steps
 from flowrl_jax.config import DTYPES, Config
 from flowrl_jax.errors import InputError
+from flowrl_jax.metric_sinks import FILE_NAME
 from flowrl_jax.models.hf import check_vocabulary, load_policy
 from flowrl_jax.models.hf_config import read_config
 from flowrl_jax.models.transformer import Transformer, TransformerConfig
+from flowrl_jax.objectives.sft import SFTConfig
 from flowrl_jax.optimizer import OptimizerConfig, make_optimizer
-from flowrl_jax.sampler import SamplerConfig
+from flowrl_jax.sampler import SamplerConfig, rollout_key
 from flowrl_jax.sharding import Layout, make_layout, make_mesh
 from flowrl_jax.tasks import Task, build
 from flowrl_jax.tasks.countdown import symbols
 from flowrl_jax.tokenizers import Tokenizer, load_tokenizer, train_symbol_tokenizer
-from flowrl_jax.train_step import Learner, abstract_state, check_batch
+from flowrl_jax.train_step import Learner, abstract_state, check_batch, init_policy
 
 CHECKPOINTS = "checkpoints"
 TOKENIZER_FILE = "tokenizer.model"
+# Streams of randomness derived from the seed besides the rollouts', which take steps as labels.
+INIT_STREAM, DROPOUT_STREAM, EVAL_STREAM, SAMPLE_STREAM = (2**31 - i for i in range(1, 5))
 _VOCAB_MULTIPLE = 64
 
 
@@ -48,7 +54,11 @@ class Parts:
     model: Transformer
 
     def sampler(self, **changes: Any) -> SamplerConfig:
-        """The sampler's settings for training, with changes for other uses."""
+        """The sampler's settings for training, with changes for other uses.
+
+        Raises:
+            InputError: a setting is out of range.
+        """
         rollout = self.config.rollout
         settings = {
             "max_response_length": rollout.max_response_length,
@@ -57,9 +67,43 @@ class Parts:
             "top_k": rollout.top_k,
             "top_p": rollout.top_p,
         }
-        return SamplerConfig(
-            eos_ids=self.eos_ids, pad_id=self.tokenizer.pad_id, **(settings | changes)
+        try:
+            return SamplerConfig(
+                eos_ids=self.eos_ids, pad_id=self.tokenizer.pad_id, **(settings | changes)
+            )
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
+    def prompts_per_batch(self, most: int, samples: int) -> int:
+        """The least number of prompts, `most` or more, whose samples divide over the devices."""
+        shards = self.layout.batch_shards
+        unit = shards // math.gcd(shards, samples)
+        return -(-most // unit) * unit
+
+
+def claim_workdir(workdir: Path, *, resume: bool = False) -> None:
+    """Makes the folder of a run, and refuses one that holds another run.
+
+    Args:
+        workdir: of the run.
+        resume: whether the run in it is to be continued.
+
+    Raises:
+        InputError: it holds a run that is not to be continued, or cannot be made.
+    """
+    metrics = workdir / FILE_NAME
+    used = metrics.is_file() and metrics.stat().st_size > 0
+    if not resume and (used or saved_steps(workdir / CHECKPOINTS)):
+        raise InputError(
+            f"{workdir} already holds a run: continue it with --resume, where the command has"
+            " that, or name another --workdir"
         )
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--workdir={workdir} cannot be made ({error.strerror}): name another folder"
+        ) from error
 
 
 def assemble(config: Config, workdir: str | os.PathLike[str]) -> Parts:
@@ -76,8 +120,11 @@ def assemble(config: Config, workdir: str | os.PathLike[str]) -> Parts:
     tokenizer, eos_ids = _tokenizer(config, Path(workdir))
     shape = _shape(config, tokenizer)
     sizes = {
-        "embed": shape.embed_dim, "heads": shape.num_heads, "kv_heads": shape.num_kv_heads,
-        "mlp": shape.mlp_dim, "vocab": shape.vocab_size,
+        "embed": shape.embed_dim,
+        "heads": shape.num_heads,
+        "kv_heads": shape.num_kv_heads,
+        "mlp": shape.mlp_dim,
+        "vocab": shape.vocab_size,
     }
     return Parts(
         config=config,
@@ -124,41 +171,91 @@ def make_learner(
     return learner
 
 
-def first_policy(parts: Parts, learner: Learner) -> Any | None:
-    """The policy that training starts from, placed on the mesh; None for random weights.
+def first_policy(parts: Parts, learner: Learner) -> Any:
+    """The policy that training starts from, placed on the mesh.
 
     Raises:
         InputError: the checkpoint or run folder is missing, damaged or of another shape.
     """
     model = parts.config.model
     if model.start_from:
-        abstract, _ = abstract_state(learner, num_prompts=1)
         folder = Path(model.start_from) / CHECKPOINTS
-        return restore_policy(folder, abstract.params["policy"])[0]
+        if not saved_steps(folder):
+            raise InputError(
+                f"model.start_from={model.start_from!r} holds no checkpoint: name the folder of a"
+                " run, such as one of `python -m flowrl_jax.sft`"
+            )
+        return restore_policy(folder, _abstract_policy(learner))[0]
     if model.path:
         return load_policy(model.path, mesh=parts.layout.mesh)[1]
-    return None
+    return init_policy(learner, rollout_key(parts.config.seed, INIT_STREAM))
+
+
+def scoring_learner(parts: Parts, *, temperature: float = 1.0) -> Learner:
+    """A learner that scores responses and knows the shape of the policy, but does not learn.
+
+    Args:
+        parts: of the run.
+        temperature: of the log-probabilities.
+    """
+    rows = parts.config.train.micro_batch_size or parts.layout.batch_shards
+    learner = make_learner(parts, SFTConfig(), parts.config.sft.optimizer, rows, steps=1, updates=1)
+    return dataclasses.replace(learner, temperature=temperature)
+
+
+def load_run_policy(parts: Parts, run: str | os.PathLike[str]) -> Any:
+    """The latest policy of a run, placed on the mesh.
+
+    Args:
+        parts: built from the run's config.
+        run: the run's folder; empty for the policy that training would start from.
+
+    Raises:
+        InputError: there is no such policy, or it is damaged or of another shape.
+    """
+    learner = scoring_learner(parts)
+    if not run:
+        return first_policy(parts, learner)
+    return restore_policy(Path(run) / CHECKPOINTS, _abstract_policy(learner))[0]
+
+
+def _abstract_policy(learner: Learner) -> Any:
+    return abstract_state(learner, num_prompts=1)[0].params["policy"]
 
 
 def _tokenizer(config: Config, workdir: Path) -> tuple[Tokenizer, tuple[int, ...]]:
     path = config.tokenizer.path or config.model.path
     eos_ids = config.tokenizer.eos_ids or None
     if not path:
-        path = str(workdir / TOKENIZER_FILE)
-        if not Path(path).exists():
-            train_symbol_tokenizer(path, symbols(config.tokenizer.max_number))
+        path = _symbol_tokenizer(config, workdir)
     if eos_ids is None and config.model.path:
         eos_ids = _generation_eos(Path(config.model.path))
     tokenizer = load_tokenizer(path, eos_ids=eos_ids)
     if not tokenizer.eos_ids:
-        raise InputError(
-            f"tokenizer {path} names no end-of-sequence token: set tokenizer.eos_ids"
-        )
+        raise InputError(f"tokenizer {path} names no end-of-sequence token: set tokenizer.eos_ids")
     if config.tokenizer.add_bos and tokenizer.bos_id is None:
-        raise InputError(
-            f"tokenizer {path} has no opening id: set tokenizer.add_bos=False"
-        )
+        raise InputError(f"tokenizer {path} has no opening id: set tokenizer.add_bos=False")
     return tokenizer, tokenizer.eos_ids
+
+
+def _symbol_tokenizer(config: Config, workdir: Path) -> Path:
+    """The Countdown vocabulary in the run's folder, the one that the starting policy knows."""
+    path, largest = workdir / TOKENIZER_FILE, config.tokenizer.max_number
+    if not path.exists():
+        known = Path(config.model.start_from) / TOKENIZER_FILE
+        if config.model.start_from and known.is_file():
+            # Renamed into place: other hosts may be reading.
+            copy = shutil.copyfile(known, path.with_name(f"{path.name}.{os.getpid()}"))
+            os.replace(copy, path)
+        else:
+            train_symbol_tokenizer(path, symbols(largest))
+    encode = load_tokenizer(path).encode
+    if len(encode(str(largest))) != 1 or len(encode(str(largest + 1))) == 1:
+        raise InputError(
+            f"tokenizer.max_number={largest} is not what the vocabulary {path} was made for: set"
+            " it as in the run that this one continues or starts from"
+        )
+    return path
 
 
 def _generation_eos(folder: Path) -> tuple[int, ...] | None:
@@ -173,9 +270,7 @@ def _generation_eos(folder: Path) -> tuple[int, ...] | None:
 
 def _shape(config: Config, tokenizer: Tokenizer) -> TransformerConfig:
     model = config.model
-    computing = {
-        "dtype": DTYPES[model.dtype], "remat": model.remat, "attention": model.attention
-    }
+    computing = {"dtype": DTYPES[model.dtype], "remat": model.remat, "attention": model.attention}
     try:
         if model.path:
             shape = dataclasses.replace(read_config(Path(model.path)), **computing)

@@ -4,17 +4,36 @@
 --resume); anything else is a fault.
 """
 
+import ast
+import inspect
+import os
+import re
+import runpy
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
+import ml_collections
 from absl import flags
-from ml_collections import config_flags
 
 from flowrl_jax.config import Config, parse_config
 from flowrl_jax.errors import InputError
+from flowrl_jax.tasks.base import nearest
 
 WRONG_INPUT = 2
 PREEMPTED = 75
+
+_HELP = """{description}
+
+  --config=FILE[:ARGUMENT]  a config file, e.g. configs/quickstart.py; ARGUMENT goes to its
+                            get_config(), e.g. configs/quickstart.py:grpo
+  --config.SECTION.FIELD=VALUE  changes a setting of it, e.g. --config.loss.beta=5; the fields of
+                            a task's or data set's `options` are --config.task.options.NAME=VALUE
+{flags}"""
+_OVERRIDE = re.compile(r"--?config\.([^=]*)(?:=(.*))?", re.DOTALL)
+_TRUE, _FALSE = ("true", "t", "yes", "1"), ("false", "f", "no", "0")
 
 
 class Preempted(Exception):
@@ -22,17 +41,13 @@ class Preempted(Exception):
 
 
 def config_flag_values(description: str) -> flags.FlagValues:
-    """Flags with `--config=FILE[:ARGUMENT]` and `--config.a.b=value`, none of them parsed yet.
+    """The flags of a command that takes `--config=FILE[:ARGUMENT]`, none of them parsed yet.
 
     Args:
         description: of the command, shown by --help.
     """
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config", None, f"{description}\nConfig file, e.g. configs/quickstart.py.",
-        lock_config=True, flag_values=values,
-    )
-    flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=values)
+    flags.DEFINE_string("config", None, description, flag_values=values)
     return values
 
 
@@ -50,29 +65,170 @@ def run(
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if {"--help", "-h", "--helpshort"} & set(arguments):
-            print(values.main_module_help() or values.get_help())
+        if {"--help", "-h", "-help", "--helpshort"} & set(arguments):
+            print(_help(values))
             return 0
-        return _run(main, values, arguments)
+        words, overrides = split_overrides(arguments)
+        _parse_flags(values, words)
+        main(parse_config(load_config(values["config"].value, overrides)), values)
+        return 0
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_one_line(error)}", file=sys.stderr)
         return WRONG_INPUT
     except Preempted as error:
         print(f"preempted: {error}", file=sys.stderr)
         return PREEMPTED
 
 
-def _run(main, values: flags.FlagValues, arguments: list[str]) -> int:
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Takes `--config.a.b=value` and `--config.a.b value` out of a command line.
+
+    Returns:
+        The other words, and the text of each setting by its name ("a.b"); the last one counts.
+
+    Raises:
+        InputError: a setting has no value.
+    """
+    words: list[str] = []
+    overrides: dict[str, str] = {}
+    remaining = iter(arguments)
+    for word in remaining:
+        found = _OVERRIDE.fullmatch(word)
+        if not found:
+            words.append(word)
+            continue
+        name, text = found.groups()
+        text = next(remaining, None) if text is None else text
+        if text is None:
+            raise InputError(f"{word} has no value: write {word}=VALUE")
+        overrides[name] = text
+    return words, overrides
+
+
+def load_config(argument: str, overrides: dict[str, str]) -> ml_collections.ConfigDict:
+    """Runs a config file and changes settings of it.
+
+    Args:
+        argument: `FILE` or `FILE:ARGUMENT`; ARGUMENT is passed to the file's `get_config`.
+        overrides: texts by name, e.g. {"loss.beta": "5"}; a text is read as the type of the value
+            that it replaces.
+
+    Raises:
+        InputError: the file is missing or fails, a name is unknown or a text is not of its type.
+    """
+    path, _, parameter = argument.partition(":")
+    if not Path(path).is_file():
+        raise InputError(f"--config={argument}: no file {path}; name one, such as those in configs")
     try:
-        rest = values(["flowrl_jax", *arguments])
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        get_config = runpy.run_path(path).get("get_config")
+    except Exception as error:
+        raise InputError(_config_fault(path, error)) from error
+    if not callable(get_config):
+        raise InputError(f"config file {path} has no function get_config(): define it")
+    if parameter and not inspect.signature(get_config).parameters:
+        raise InputError(f"--config={argument}: its get_config() takes no argument; leave it out")
+    try:
+        config = get_config(*([parameter] if parameter else []))
+    except KeyError as error:
+        if not parameter or error.args != (parameter,):
+            raise InputError(_config_fault(path, error)) from error
+        raise InputError(
+            f"--config={argument}: {path} does not know {parameter!r}; see the docstring of its"
+            " get_config()"
+        ) from error
+    except Exception as error:
+        raise InputError(_config_fault(path, error)) from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise InputError(
+            f"config file {path}: get_config() gives a {type(config).__name__}; return a ConfigDict"
+        )
+    config.unlock()  # for options that the file does not name
+    for name, text in overrides.items():
+        _override(config, name, text)
+    return config
+
+
+def _override(config: ml_collections.ConfigDict, name: str, text: str) -> None:
+    flag = f"--config.{name}={text}"
+    *sections, last = name.split(".")
+    section, path = config, "config"
+    for part in sections:
+        if part not in section:
+            raise InputError(f"{flag}: {path} has no field {part!r}; {nearest(part, section)}")
+        section, path = section[part], f"{path}.{part}"
+        if not isinstance(section, ml_collections.ConfigDict):
+            raise InputError(f"{flag}: {path} is a single setting; write --{path}={text}")
+    if last in section:
+        section[last] = _read(text, section[last], flag)
+    elif path.endswith(".options"):
+        # Whoever they belong to, a task or a data set, knows which options there are.
+        section[last] = _literal(text, text)
+    else:
+        raise InputError(f"{flag}: {path} has no field {last!r}; {nearest(last, section)}")
+
+
+def _read(text: str, old: Any, flag: str) -> Any:
+    """The value that a text stands for where `old` stood."""
+    if isinstance(old, ml_collections.ConfigDict):
+        value = _literal(text, None)
+        if not isinstance(value, dict):
+            raise InputError(f"{flag} replaces a section of settings: give fields of it one by one")
+        return ml_collections.ConfigDict(value)
+    if isinstance(old, bool):
+        if text.lower() not in _TRUE + _FALSE:
+            raise InputError(f"{flag} is not a truth value: give True or False")
+        return text.lower() in _TRUE
+    if isinstance(old, int | float):
+        try:
+            return type(old)(text)
+        except ValueError:
+            kind = "an integer" if isinstance(old, int) else "a number"
+            raise InputError(f"{flag} is not {kind}: give one, such as {old}") from None
+    if isinstance(old, tuple | list):
+        value = _literal(text, text)
+        return tuple(value) if isinstance(value, tuple | list) else (value,)
+    return None if old is None and text == "None" else text
+
+
+def _literal(text: str, otherwise: Any) -> Any:
+    """What a text means in Python, if it means anything."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return otherwise
+
+
+def _parse_flags(values: flags.FlagValues, words: list[str]) -> None:
+    try:
+        rest = values(["flowrl_jax", *words])
+    except flags.Error as error:
         raise InputError(_one_line(error)) from error
     if len(rest) > 1:
         raise InputError(f"argument {rest[1]!r} is not a flag: flags start with --")
-    if values["config"].value is None:
+    if not values["config"].value:
         raise InputError("--config is missing: name a config file, e.g. configs/quickstart.py")
-    main(parse_config(values["config"].value), values)
-    return 0
+
+
+def _config_fault(path: str, error: Exception) -> str:
+    """What went wrong in a config file, and in which line of it."""
+    if isinstance(error, InputError):
+        return str(error)
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if os.path.abspath(frame.filename) == os.path.abspath(path)
+    ]
+    if isinstance(error, SyntaxError):
+        path, lines = error.filename or path, [error.lineno]
+        error = SyntaxError(error.msg)
+    place = f"{path} line {lines[-1]}" if lines else path
+    return f"config file {place}: {type(error).__name__}: {_one_line(error)}; mend the file"
+
+
+def _help(values: flags.FlagValues) -> str:
+    own = [values[name] for name in values if name != "config"]
+    shown = [f"  --{flag.name}: {flag.help}" for flag in own]
+    return _HELP.format(description=values["config"].help, flags="\n".join(sorted(shown)))
 
 
 def _one_line(error: Exception) -> str:

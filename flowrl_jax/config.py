@@ -4,6 +4,7 @@ Below this module nothing sees a ConfigDict. `configs/base.py` shows every field
 """
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -226,6 +227,7 @@ class TrainConfig:
             f"train.updates_per_rollout={self.updates_per_rollout} and train.epochs={self.epochs}"
             " must be at least 1",
         )
+        _ = self.step  # checks the fields it is made of
 
     @property
     def step(self) -> TrainStepConfig:
@@ -361,17 +363,24 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if not isinstance(value, Mapping):
             raise InputError(f"{path}={value!r}: a section of settings is wanted here")
         return _build(hint, value, path)
-    origin = typing.get_origin(hint)
     if hint is Any:
         return value
+    origin = typing.get_origin(hint)
     if origin is tuple:
-        return tuple(value)
-    if origin is not None and value is None:  # Optional
-        return None
-    if origin is not None and isinstance(value, Mapping):
+        item, _ = typing.get_args(hint)
+        if not isinstance(value, tuple | list):
+            raise InputError(f"{path}={value!r} is a {type(value).__name__}: give a tuple")
+        return tuple(_convert(item, x, f"{path}[{i}]") for i, x in enumerate(value))
+    if origin is Mapping:
+        if not isinstance(value, Mapping):
+            raise InputError(f"{path}={value!r} is a {type(value).__name__}: give a dict")
         return dict(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(hint, type) and type(value) is not hint:
-        raise InputError(f"{path}={value!r} is a {type(value).__name__}: give a {hint.__name__}")
+    accepted = typing.get_args(hint) or (hint,)
+    if float in accepted and type(value) is int:
+        value = float(value)
+    if type(value) not in accepted:
+        names = " or ".join(kind.__name__.removesuffix("Type") for kind in accepted)
+        raise InputError(f"{path}={value!r} is a {type(value).__name__}: give a {names}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{path}={value} is not a finite number: give one")
     return value

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +11,26 @@ import numpy as np
 from absl import flags
 
 from flowrl_jax import cli
-from flowrl_jax.assembly import CHECKPOINTS, Parts, assemble, configure_jax, first_policy, make_learner
-from flowrl_jax.checkpoint import restore_policy
+from flowrl_jax.assembly import (
+    EVAL_STREAM,
+    Parts,
+    assemble,
+    configure_jax,
+    first_policy,
+    load_run_policy,
+    scoring_learner,
+)
 from flowrl_jax.config import Config, EvalConfig
 from flowrl_jax.datasets.pipeline import PromptSource
 from flowrl_jax.errors import InputError
 from flowrl_jax.evaluation import Summary, prompt_values, summarize
 from flowrl_jax.graded import samples_from_records, write_records
-from flowrl_jax.objectives.sft import SFTConfig
 from flowrl_jax.progress import Progress
 from flowrl_jax.report import render_table
-from flowrl_jax.rollouts import encode_rows, responses, sample
+from flowrl_jax.rollouts import check_prompts, encode_rows, responses, sample
 from flowrl_jax.sampler import rollout_key
 from flowrl_jax.sharding import local_rows
-from flowrl_jax.train_step import abstract_state, init_state, make_score
-
-# Evaluation noise is the same for all policies and steps: it has its own place among the steps.
-_EVAL_STREAM = 2**31 - 3
+from flowrl_jax.train_step import make_score
 
 
 class Evaluator:
@@ -41,24 +45,19 @@ class Evaluator:
         data = dataclasses.replace(parts.config.data, split=config.split, shuffle=False)
         source = PromptSource(data)
         count = min(config.prompts or len(source), len(source))
+        check_prompts(parts, source, count)
         self._parts = parts
         self._config = config
         self._rows = source.rows(0, count)
+        self._batch_size = parts.prompts_per_batch(config.prompts_per_batch, config.samples)
         self._sampler = parts.sampler(
             group_size=config.samples, temperature=config.temperature, top_k=config.top_k,
             top_p=config.top_p,
         )
         # A greedy policy has no log-probabilities of its own; temperature 1 stands in.
-        learner = make_learner(
-            parts, SFTConfig(), parts.config.sft.optimizer, parts.layout.batch_shards, steps=1,
-            updates=1,
+        self._score = make_score(
+            scoring_learner(parts, temperature=config.temperature or 1.0)
         )
-        rows = config.prompts_per_batch * config.samples
-        step = dataclasses.replace(learner.config, micro_batch_size=rows)
-        learner = dataclasses.replace(
-            learner, temperature=config.temperature or 1.0, config=step
-        )
-        self._score = make_score(learner)
 
     def records(
         self, policy: Any, reference: Any = None, progress: Progress | None = None
@@ -71,7 +70,7 @@ class Evaluator:
             progress: updated with the prompts done.
         """
         records = []
-        size = self._config.prompts_per_batch
+        size = self._batch_size
         for start in range(0, len(self._rows), size):
             rows = self._rows[start : start + size]
             # The last batch is filled up, so that every batch is the same compiled program.
@@ -95,14 +94,14 @@ class Evaluator:
     def _batch(self, policy, reference, rows) -> list[dict[str, Any]]:
         parts, count = self._parts, self._config.samples
         arrays, _ = encode_rows(parts, rows, count)
-        key = rollout_key(parts.config.seed, _EVAL_STREAM)
+        key = rollout_key(parts.config.seed, EVAL_STREAM)
         rollout = sample(parts, policy, arrays, key, self._sampler)
         scored = (rollout.tokens, rollout.prompt_mask, rollout.response_mask)
         texts = responses(parts, rollout)
         kl = np.zeros(len(texts))
         if reference is not None:
-            difference = self._score(policy, *scored) - self._score(reference, *scored)
-            kl = local_rows(difference).sum(axis=1)
+            logprobs = [local_rows(self._score(params, *scored)) for params in (policy, reference)]
+            kl = (logprobs[0] - logprobs[1]).sum(axis=1)
         lengths = local_rows(rollout.response_mask).sum(axis=1)
         truncated = local_rows(rollout.truncated)
         records = []
@@ -122,31 +121,6 @@ class Evaluator:
         return records
 
 
-def load_run_policy(parts: Parts, run: str | Path) -> tuple[Any, Any | None]:
-    """The latest policy of a run, and the reference it started from.
-
-    Args:
-        parts: built from the run's config.
-        run: the run's folder; empty for the policy that training would start from.
-
-    Returns:
-        Parameters of both; the reference is None where the run started from random weights.
-    """
-    learner = make_learner(
-        parts, SFTConfig(), parts.config.sft.optimizer, parts.layout.batch_shards, steps=1,
-        updates=1,
-    )
-    reference = first_policy(parts, learner)
-    if not run:
-        if reference is None:
-            key = rollout_key(parts.config.seed, 0)
-            reference = init_state(learner, 1, key).params["policy"]
-        return reference, reference
-    abstract, _ = abstract_state(learner, num_prompts=1)
-    policy, _ = restore_policy(Path(run) / CHECKPOINTS, abstract.params["policy"])
-    return policy, reference
-
-
 def evaluate(config: Config, run: str | Path, out: str | Path | None = None) -> Summary:
     """Evaluates the latest policy of a run.
 
@@ -157,10 +131,15 @@ def evaluate(config: Config, run: str | Path, out: str | Path | None = None) -> 
 
     Returns:
         name -> {"mean", "low", "high"}, 95 % intervals over prompts.
+
+    Raises:
+        InputError: for whatever of the config, data or folder is wrong, before compiling.
     """
-    parts = assemble(config, Path(run) if run else Path("runs"))
+    with tempfile.TemporaryDirectory() as scratch:
+        parts = assemble(config, Path(run or scratch))
     evaluator = Evaluator(parts, config.eval)
-    policy, reference = load_run_policy(parts, run)
+    policy = load_run_policy(parts, run)
+    reference = first_policy(parts, scoring_learner(parts)) if run else policy
     name = f"evaluate {Path(run).name}" if run else "evaluate"
     with Progress(evaluator.num_prompts, name, unit="prompt") as progress:
         records = evaluator.records(policy, reference, progress)
@@ -182,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def start(config: Config, values: flags.FlagValues) -> None:
         configure_jax()
-        run = values["run"].value
+        run = str(values["run"].value)
         if run and not Path(run).is_dir():
             raise InputError(f"--run={run}: no such folder; name the folder of a run")
         summary = evaluate(config, run, values["out"].value or None)

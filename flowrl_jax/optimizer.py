@@ -1,6 +1,7 @@
 """AdamW for the policy and for log Z, each in its own group."""
 
 import dataclasses
+from collections.abc import Hashable
 from typing import Any
 
 import jax.numpy as jnp
@@ -43,8 +44,13 @@ class OptimizerConfig:
                 f"optimizer.schedule={self.schedule!r} is not known: use 'constant', 'linear' or"
                 " 'cosine'"
             )
-        for field in ("learning_rate", "log_z_learning_rate", "warmup_steps", "weight_decay",
-                      "clip_norm"):
+        for field in (
+            "learning_rate",
+            "log_z_learning_rate",
+            "warmup_steps",
+            "weight_decay",
+            "clip_norm",
+        ):
             if getattr(self, field) < 0:
                 raise ValueError(f"optimizer.{field}={getattr(self, field)} must not be negative")
 
@@ -98,7 +104,7 @@ def make_optimizer(
         return adamw if config.clip_jointly else optax.chain(clip, adamw)
 
     log_z_rate = config.log_z_learning_rate or config.learning_rate
-    groups = {
+    groups: dict[Hashable, optax.GradientTransformation] = {
         "policy": group(config.learning_rate),
         "log_z": group(log_z_rate) if train_log_z else optax.set_to_zero(),
     }

@@ -154,11 +154,13 @@ def main(arguments: list[str] | None = None) -> int:
 
     def start(config: Config, values: flags.FlagValues) -> None:
         if not hasattr(config.loss, "beta"):
-            raise InputError("the quickstart compares a FlowRL objective with GRPO: name a preset"
-                             " of FlowRL, as in --config=configs/quickstart.py:flowrl_paper")
+            raise InputError(
+                "the quickstart compares a FlowRL objective with GRPO: name a preset"
+                " of FlowRL, as in --config=configs/quickstart.py:flowrl_paper"
+            )
         configure_jax()
         print(f"{jax.device_count()} {jax.default_backend()} device(s), jax {jax.__version__}")
-        quickstart(config, values["workdir"].value)
+        quickstart(config, str(values["workdir"].value))
 
     return cli.run(start, values, arguments)
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from flowrl_jax.assembly import Parts
+from flowrl_jax.datasets.pipeline import PromptSource
 from flowrl_jax.errors import InputError
 from flowrl_jax.sampler import SamplerConfig, generate
 from flowrl_jax.sharding import local_rows
@@ -49,6 +50,26 @@ def fit_prompt(parts: Parts, ids: list[int], name: str) -> tuple[list[int], bool
     )
 
 
+def check_prompts(parts: Parts, source: PromptSource, count: int) -> None:
+    """Encodes the rows that a run will read, so that one that is too long stops it at once.
+
+    Args:
+        parts: of the run.
+        source: of the rows.
+        count: positions that will be read; an epoch at most is looked at.
+
+    Raises:
+        InputError: as `fit_prompt`.
+    """
+    for position in range(min(count, len(source))):
+        _encode_row(parts, source.rows(position, 1)[0])
+
+
+def _encode_row(parts: Parts, row: Row) -> tuple[list[int], bool]:
+    ids = encode_prompt(parts, parts.task.prompt(row))
+    return fit_prompt(parts, ids, f"prompt {row['prompt_id']}")
+
+
 def encode_rows(
     parts: Parts, rows: Sequence[Row], group_size: int
 ) -> tuple[dict[str, np.ndarray], int]:
@@ -62,24 +83,39 @@ def encode_rows(
     Returns:
         The fields of a `PromptBatch` as host arrays, and the number of truncated prompts.
     """
+    encoded = [_encode_row(parts, row) for row in rows]
+    arrays = prompt_arrays(
+        parts, [ids for ids, _ in encoded], [row["prompt_id"] for row in rows], group_size
+    )
+    return arrays, sum(cut for _, cut in encoded)
+
+
+def prompt_arrays(
+    parts: Parts, prompts: Sequence[list[int]], prompt_ids: Sequence[int], group_size: int
+) -> dict[str, np.ndarray]:
+    """Arrays of a `PromptBatch`, `group_size` samples of each prompt.
+
+    Args:
+        parts: of the run.
+        prompts: token ids that fit `rollout.max_prompt_length`.
+        prompt_ids: what the noise of each prompt's samples derives from.
+        group_size: samples per prompt.
+
+    Returns:
+        The fields of a `PromptBatch` as host arrays.
+    """
     width = parts.config.rollout.max_prompt_length
-    tokens = np.full((len(rows), width), parts.tokenizer.pad_id, np.int32)
-    mask = np.zeros((len(rows), width), bool)
-    truncated = 0
-    for i, row in enumerate(rows):
-        ids = encode_prompt(parts, parts.task.prompt(row))
-        ids, cut = fit_prompt(parts, ids, f"prompt {row['prompt_id']}")
-        truncated += cut
+    tokens = np.full((len(prompts), width), parts.tokenizer.pad_id, np.int32)
+    mask = np.zeros((len(prompts), width), bool)
+    for i, ids in enumerate(prompts):
         tokens[i, width - len(ids) :] = ids
         mask[i, width - len(ids) :] = True
-    prompt_id = np.array([row["prompt_id"] for row in rows], np.int32)
-    arrays = {
+    return {
         "tokens": np.repeat(tokens, group_size, axis=0),
         "mask": np.repeat(mask, group_size, axis=0),
-        "prompt_id": np.repeat(prompt_id, group_size),
-        "sample_id": np.tile(np.arange(group_size, dtype=np.int32), len(rows)),
+        "prompt_id": np.repeat(np.array(prompt_ids, np.int32), group_size),
+        "sample_id": np.tile(np.arange(group_size, dtype=np.int32), len(prompts)),
     }
-    return arrays, truncated
 
 
 def sample(
@@ -110,9 +146,7 @@ def sample(
         piece = {name: x[start : start + size] for name, x in arrays.items()}
         batch = PromptBatch(**parts.layout.put_batch(piece))
         pieces.append(
-            generate(
-                params, batch, key, model=parts.model, config=sampler, layout=parts.layout
-            )
+            generate(params, batch, key, model=parts.model, config=sampler, layout=parts.layout)
         )
     if len(pieces) == 1:
         return pieces[0]
@@ -126,16 +160,19 @@ def _concatenate(pieces: list[Rollout], sharding: jax.sharding.Sharding) -> Roll
     return jax.tree.map(join, *pieces)
 
 
-def responses(parts: Parts, rollout: Rollout) -> list[str]:
-    """Texts of this host's responses, the end-of-sequence token left out."""
+def response_ids(rollout: Rollout) -> list[list[int]]:
+    """Token ids of this host's responses, the end-of-sequence token included."""
     width = rollout.prompt_mask.shape[1]
     tokens = local_rows(rollout.tokens)[:, width:]
     lengths = local_rows(rollout.response_mask).sum(axis=1)
+    return [ids[:length].tolist() for ids, length in zip(tokens, lengths, strict=True)]
+
+
+def responses(parts: Parts, rollout: Rollout) -> list[str]:
+    """Texts of this host's responses, the end-of-sequence token left out."""
     texts = []
-    for ids, length in zip(tokens, lengths, strict=True):
-        kept = ids[:length].tolist()
-        if kept and kept[-1] in parts.eos_ids:
-            kept.pop()
+    for ids in response_ids(rollout):
+        kept = ids[:-1] if ids[-1] in parts.eos_ids else ids
         texts.append(parts.tokenizer.decode(kept))
     return texts
 

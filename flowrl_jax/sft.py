@@ -14,37 +14,44 @@ import numpy as np
 from absl import flags
 
 from flowrl_jax import cli
-from flowrl_jax.assembly import CHECKPOINTS, Parts, assemble, configure_jax, first_policy, make_learner
-from flowrl_jax.checkpoint import CheckpointConfig, Checkpointer, saved_steps
+from flowrl_jax.assembly import (
+    CHECKPOINTS,
+    INIT_STREAM,
+    Parts,
+    assemble,
+    claim_workdir,
+    configure_jax,
+    first_policy,
+    make_learner,
+)
+from flowrl_jax.checkpoint import CheckpointConfig, Checkpointer
 from flowrl_jax.config import Config
 from flowrl_jax.datasets.pipeline import PromptSource
 from flowrl_jax.errors import InputError
 from flowrl_jax.metrics import MetricWriter
 from flowrl_jax.objectives.sft import SFTConfig
 from flowrl_jax.progress import Progress
-from flowrl_jax.rollouts import encode_prompt, fit_prompt
+from flowrl_jax.rollouts import check_prompts, encode_prompt, fit_prompt
 from flowrl_jax.sampler import rollout_key
 from flowrl_jax.tasks import Row
 from flowrl_jax.train_step import init_state, make_train_step
 from flowrl_jax.types import TrainBatch
 
-_INIT_STREAM = 2**31 - 1
 
-
-def demonstration_arrays(parts: Parts, rows: list[Row], seed: int) -> dict[str, np.ndarray]:
+def demonstration_arrays(parts: Parts, rows: list[Row], position: int) -> dict[str, np.ndarray]:
     """Arrays of a `TrainBatch` that shows one demonstration per row.
 
     Args:
         parts: of the run.
         rows: of the data set.
-        seed: of the choice among a row's demonstrations.
+        position: of the first row; which of its demonstrations a row shows depends on the seed
+            and on its position alone, whatever the number of hosts.
 
     Raises:
         InputError: a prompt or a demonstration is too long.
     """
     rollout = parts.config.rollout
     width, length = rollout.max_prompt_length, rollout.max_response_length
-    rng = np.random.default_rng(seed)
     count = len(rows)
     tokens = np.full((count, width + length), parts.tokenizer.pad_id, np.int32)
     prompt_mask = np.zeros((count, width), bool)
@@ -52,6 +59,7 @@ def demonstration_arrays(parts: Parts, rows: list[Row], seed: int) -> dict[str, 
     for i, row in enumerate(rows):
         name = f"prompt {row['prompt_id']}"
         prompt, _ = fit_prompt(parts, encode_prompt(parts, parts.task.prompt(row)), name)
+        rng = np.random.default_rng((parts.config.seed, position + i))
         shown = [*parts.tokenizer.encode(parts.task.demonstration(row, rng)), parts.eos_ids[0]]
         if len(shown) > length:
             raise InputError(
@@ -78,19 +86,25 @@ def sft(config: Config, workdir: str | Path) -> None:
         InputError: for whatever of the config, data or folder is wrong, before compiling.
     """
     workdir = Path(workdir)
-    if saved_steps(workdir / CHECKPOINTS):
-        raise InputError(f"{workdir} already holds a run: choose another --workdir")
+    claim_workdir(workdir)
     parts = assemble(config, workdir)
     settings, hosts = config.sft, jax.process_count()
     source = PromptSource(dataclasses.replace(config.data, seed=config.seed))
+    check_prompts(parts, source, settings.steps * settings.batch_size)
     learner = make_learner(
         parts, SFTConfig(), settings.optimizer, settings.batch_size, steps=settings.steps,
         updates=1,
     )
-    key = rollout_key(config.seed, _INIT_STREAM)
+    count = settings.batch_size // hosts
+
+    def arrays_of(step: int) -> dict[str, np.ndarray]:
+        position = (step - 1) * settings.batch_size + jax.process_index() * count
+        return demonstration_arrays(parts, source.rows(position, count), position)
+
+    arrays_of(1)  # raises before anything compiles if demonstrations are too long
+    key = rollout_key(config.seed, INIT_STREAM)
     state: Any = init_state(learner, 1, key, first_policy(parts, learner))
     step_program = make_train_step(learner, 1)
-    count = settings.batch_size // hosts
     with (
         Checkpointer(workdir / CHECKPOINTS, CheckpointConfig(every=0, keep=1)) as checkpointer,
         Progress(settings.steps, f"{workdir.name} (fine-tuning)") as progress,
@@ -99,16 +113,13 @@ def sft(config: Config, workdir: str | Path) -> None:
         ) as writer,
     ):
         for step in range(1, settings.steps + 1):
-            position = (step - 1) * settings.batch_size + jax.process_index() * count
-            rows = source.rows(position, count)
-            # Seeded by the position: what is shown does not depend on the number of hosts' steps.
-            arrays = demonstration_arrays(parts, rows, config.seed * 1_000_003 + position)
-            batch = TrainBatch(**parts.layout.put_batch(arrays))
+            batch = TrainBatch(**parts.layout.put_batch(arrays_of(step)))
             state, metrics = step_program(state, batch, key)
             names = ("loss", "grad_norm", "skipped_steps")
             writer.write(step, {}, {f"sft/{name}": metrics[name] for name in names})
             progress.update()
         writer.flush()
+        position = settings.steps * settings.batch_size
         checkpointer.save_final(settings.steps, state, {"position": position})
 
 

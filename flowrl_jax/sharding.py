@@ -7,6 +7,7 @@ cut over. Meshes have the axes `data`, `fsdp` and `tensor`; on one device all of
 import contextlib
 import contextvars
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -50,7 +51,7 @@ class MeshConfig:
     tensor: int = 1
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Arranges devices as `config` says.
 
     Args:
@@ -99,7 +100,8 @@ class Layout:
 
     def sharding(self, *axes: str | None) -> NamedSharding:
         """The sharding of an array whose axes have these names."""
-        return NamedSharding(self.mesh, nn.logical_to_mesh_axes(axes, self.rules))
+        spec: Any = nn.logical_to_mesh_axes(axes, self.rules)
+        return NamedSharding(self.mesh, spec)
 
     @property
     def batch(self) -> NamedSharding:

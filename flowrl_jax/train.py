@@ -18,8 +18,18 @@ import numpy as np
 from absl import flags
 
 from flowrl_jax import cli
-from flowrl_jax.assembly import CHECKPOINTS, Parts, assemble, configure_jax, first_policy, make_learner
-from flowrl_jax.checkpoint import Checkpointer, saved_steps
+from flowrl_jax.assembly import (
+    CHECKPOINTS,
+    DROPOUT_STREAM,
+    INIT_STREAM,
+    Parts,
+    assemble,
+    claim_workdir,
+    configure_jax,
+    first_policy,
+    make_learner,
+)
+from flowrl_jax.checkpoint import Checkpointer
 from flowrl_jax.config import Config
 from flowrl_jax.datasets.pipeline import PromptSource
 from flowrl_jax.errors import InputError
@@ -28,9 +38,10 @@ from flowrl_jax.learning_batch import make_learning_batch, make_minibatch
 from flowrl_jax.metrics import CompileCounter, MetricWriter
 from flowrl_jax.objectives import objective_of
 from flowrl_jax.progress import Progress
-from flowrl_jax.rollouts import encode_rows, grade, responses, sample
-from flowrl_jax.sampler import rollout_key
+from flowrl_jax.rollouts import check_prompts, encode_rows, grade, responses, sample
+from flowrl_jax.sampler import SamplerConfig, rollout_key
 from flowrl_jax.sharding import local_rows
+from flowrl_jax.tasks import Row
 from flowrl_jax.train_step import (
     Learner,
     abstract_state,
@@ -40,9 +51,6 @@ from flowrl_jax.train_step import (
 )
 from flowrl_jax.types import Rollout, TrainState
 
-# Streams of randomness derived from the seed besides the rollouts', which take steps as labels.
-_INIT_STREAM, _DROPOUT_STREAM = 2**31 - 1, 2**31 - 2
-
 
 @dataclasses.dataclass
 class Loop:
@@ -51,18 +59,24 @@ class Loop:
     Attributes:
         parts: of the run.
         learner: what is fixed about learning.
+        sampler: how responses are drawn.
         source: rows of the training split.
-        reference: parameters of the reference policy; None where the objective has none.
         programs: the jitted programs by name.
+        evaluator: of held-out prompts; None where the run is not evaluated.
+        reference: parameters of the reference policy; None where the objective has none.
     """
 
     parts: Parts
     learner: Learner
+    sampler: SamplerConfig
     source: PromptSource
-    reference: Any
     programs: dict[str, Any]
+    evaluator: Evaluator | None
+    reference: Any = None
 
-    def collect(self, params: Any, step: int, position: int) -> tuple[list, Rollout, dict]:
+    def collect(
+        self, params: Any, step: int, position: int
+    ) -> tuple[list[Row], Rollout, dict[str, float]]:
         """Samples responses to the rows at `position`; returns rows, rollout and metrics."""
         config = self.parts.config.rollout
         hosts = jax.process_count()
@@ -71,12 +85,11 @@ class Loop:
         arrays, truncated = encode_rows(self.parts, rows, config.group_size)
         key = rollout_key(self.parts.config.seed, step)
         batch = config.prompts_per_batch // hosts
-        rollout = sample(self.parts, params, arrays, key, self.parts.sampler(), batch)
-        self._prompt_id = arrays["prompt_id"]
+        rollout = sample(self.parts, params, arrays, key, self.sampler, batch)
         return rows, rollout, {"rollout/truncated_prompts": truncated}
 
     def learn(
-        self, state: TrainState, rollout: Rollout, rows: list, key: jax.Array
+        self, state: TrainState, rollout: Rollout, rows: list[Row], key: jax.Array
     ) -> tuple[TrainState, dict[str, float], dict[str, jax.Array]]:
         """Judges a rollout and takes the optimiser's steps on it."""
         config = self.parts.config
@@ -89,7 +102,10 @@ class Loop:
         if config.rollout.old_logprobs == "trainer":
             old_logprobs = score(policy, *arrays)
         rewards = grade(self.parts, rows, responses(self.parts, rollout))
-        host = self.parts.layout.put_batch({"reward": rewards, "prompt_id": self._prompt_id})
+        prompt_id = np.array([row["prompt_id"] for row in rows], np.int32)
+        host = self.parts.layout.put_batch(
+            {"reward": rewards, "prompt_id": np.repeat(prompt_id, config.rollout.group_size)}
+        )
         batch, metrics = self.programs["learning_batch"](
             rollout, old_logprobs, old_logprobs if ref_logprobs is None else ref_logprobs, **host
         )
@@ -107,45 +123,42 @@ def _merge(metrics: dict, step_metrics: dict, update: int) -> dict:
     if "log_z" in step_metrics:
         merged["log_z/mean"] = merged.pop("train/log_z")
         merged.pop("train/log_z_target")
-    difference = merged.pop("train/old_logprob_diff_max")
-    if update == 0:
+    if update > 0:
         # At the first update the policy is the one that sampled: this is pure rounding.
-        merged["train/old_logprob_diff_max"] = difference
-    else:
-        merged["train/old_logprob_diff_max"] = metrics["train/old_logprob_diff_max"]
+        name = "train/old_logprob_diff_max"
+        merged[name] = metrics[name]
     return merged
 
 
-def build_loop(parts: Parts, source: PromptSource) -> tuple[Loop, TrainState]:
-    """The loop and a new state, its policy from where the config says.
+def build_loop(parts: Parts) -> Loop:
+    """The loop, still without its reference policy; reads no weights and compiles nothing.
 
     Raises:
-        InputError: if weights or sizes do not fit.
+        InputError: if sizes do not fit, or a prompt is too long.
     """
-    config = parts.config
+    config, rollout = parts.config, parts.config.rollout
     learner = make_learner(
         parts, config.loss, config.optimizer, config.rows_per_update,
         steps=config.steps, updates=config.updates,
     )
-    if config.rollout.prompts_per_step % jax.process_count():
-        raise InputError(
-            f"rollout.prompts_per_step={config.rollout.prompts_per_step} does not divide over"
-            f" {jax.process_count()} hosts: choose a multiple"
-        )
-    policy = first_policy(parts, learner)
-    key = rollout_key(config.seed, _INIT_STREAM)
-    state = init_state(learner, len(source), key, policy)
-    reference = None
-    if objective_of(config.loss).needs_reference(config.loss):
-        # A copy: the state's buffers are donated to the first step.
-        reference = jax.tree.map(lambda x: x.copy(), state.params["policy"])
+    for name in ("prompts_per_step", "prompts_per_batch"):
+        prompts, hosts = getattr(rollout, name), jax.process_count()
+        if prompts % hosts or prompts * rollout.group_size % parts.layout.batch_shards:
+            raise InputError(
+                f"rollout.{name}={prompts} times rollout.group_size={rollout.group_size} does not"
+                f" divide over {hosts} hosts and the mesh's {parts.layout.batch_shards} batch"
+                " shards (data x fsdp): choose a multiple"
+            )
+    source = PromptSource(dataclasses.replace(config.data, seed=config.seed))
+    check_prompts(parts, source, config.steps * rollout.prompts_per_step)
     programs = {
         "score": make_score(learner),
         "learning_batch": make_learning_batch(learner),
         "minibatch": make_minibatch(learner, config.train.updates_per_rollout),
         "train_step": make_train_step(learner, len(source)),
     }
-    return Loop(parts, learner, source, reference, programs), state
+    evaluator = Evaluator(parts, config.eval) if config.eval.every else None
+    return Loop(parts, learner, parts.sampler(), source, programs, evaluator)
 
 
 def train(config: Config, workdir: str | Path, *, resume: bool = False) -> dict[str, float]:
@@ -154,7 +167,8 @@ def train(config: Config, workdir: str | Path, *, resume: bool = False) -> dict[
     Args:
         config: the settings.
         workdir: folder of checkpoints, metrics and the config; new unless `resume`.
-        resume: continue the run in `workdir` from its latest checkpoint, as if it had not stopped.
+        resume: continue the run in `workdir` from its latest checkpoint, as if it had not stopped;
+            without a checkpoint it starts from the beginning.
 
     Returns:
         Wall-clock seconds and compilations of the run.
@@ -163,24 +177,16 @@ def train(config: Config, workdir: str | Path, *, resume: bool = False) -> dict[
         InputError: for whatever of the config, data or folder is wrong, before compiling.
         cli.Preempted: after SIGTERM, once a checkpoint is complete.
     """
-    workdir = Path(workdir)
-    if not resume and saved_steps(workdir / CHECKPOINTS):
-        raise InputError(
-            f"{workdir} already holds a run: pass --resume to continue it, or another --workdir"
-        )
-    workdir.mkdir(parents=True, exist_ok=True)
-    parts = assemble(config, workdir)
-    source = PromptSource(dataclasses.replace(config.data, seed=config.seed))
-    loop, state = build_loop(parts, source)
-    first, position = 0, 0
-    with Checkpointer(workdir / CHECKPOINTS, config.checkpoint) as checkpointer:
-        if resume and checkpointer.latest_step() is not None:
-            abstract, _ = abstract_state(loop.learner, len(source))
-            state, host, first = checkpointer.restore(abstract)
-            position = host["position"]
-        evaluator = Evaluator(parts, config.eval) if config.eval.every else None
+    workdir, started = Path(workdir), time.perf_counter()
+    claim_workdir(workdir, resume=resume)
+    loop = build_loop(assemble(config, workdir))
+    with (
+        CompileCounter() as compilations,
+        _termination() as terminated,
+        Checkpointer(workdir / CHECKPOINTS, config.checkpoint) as checkpointer,
+    ):
+        state, first, position = _start(loop, checkpointer)
         _save_settings(workdir, config)
-        started = time.perf_counter()
         with (
             Progress(config.steps, workdir.name, initial=first) as progress,
             MetricWriter(
@@ -190,29 +196,42 @@ def train(config: Config, workdir: str | Path, *, resume: bool = False) -> dict[
                 print_line=progress.print,
                 settings=dataclasses.asdict(config),
             ) as writer,
-            CompileCounter() as compilations,
-            _termination() as terminated,
         ):
             _run_steps(
-                loop, state, first, position, checkpointer, evaluator, writer, progress,
-                compilations, terminated,
+                loop, state, first, position, checkpointer, writer, progress, compilations,
+                terminated,
             )
-            return {
-                "seconds": time.perf_counter() - started, "compilations": compilations.count
-            }
+        return {"seconds": time.perf_counter() - started, "compilations": compilations.count}
+
+
+def _start(loop: Loop, checkpointer: Checkpointer) -> tuple[TrainState, int, int]:
+    """State, steps done and position in the data: of the latest checkpoint, or of a new run."""
+    config, learner = loop.parts.config, loop.learner
+    num_prompts = len(loop.source)
+    needs_reference = objective_of(config.loss).needs_reference(config.loss)
+    state, first, position = None, 0, 0
+    if checkpointer.latest_step() is not None:
+        abstract, _ = abstract_state(learner, num_prompts)
+        state, host, first = checkpointer.restore(abstract)
+        position = host["position"]
+    if state is None or needs_reference:
+        policy = first_policy(loop.parts, learner)
+        loop.reference = policy if needs_reference else None
+        if state is None:
+            key = rollout_key(config.seed, INIT_STREAM)
+            state = init_state(learner, num_prompts, key, policy)
+    return state, first, position
 
 
 def _run_steps(
     loop: Loop, state: TrainState, first: int, position: int, checkpointer: Checkpointer,
-    evaluator: "Evaluator | None", writer: MetricWriter, progress: Progress,
-    compilations: CompileCounter, terminated: threading.Event,
+    writer: MetricWriter, progress: Progress, compilations: CompileCounter,
+    terminated: threading.Event,
 ) -> None:
-    config = loop.parts.config
-    dropout_key = rollout_key(config.seed, _DROPOUT_STREAM)
-    evaluation: dict[str, float] = {}
+    config, evaluator = loop.parts.config, loop.evaluator
+    dropout_key = rollout_key(config.seed, DROPOUT_STREAM)
     if evaluator and first == 0:
-        evaluation = evaluator.metrics(state.params["policy"], loop.reference)
-        writer.write(0, evaluation)
+        writer.write(0, evaluator.metrics(state.params["policy"], loop.reference))
     for step in range(first + 1, config.steps + 1):
         begin = time.perf_counter()
         rows, rollout, metrics = loop.collect(state.params["policy"], step, position)
@@ -230,6 +249,7 @@ def _run_steps(
         }
         writer.write(step, metrics, device_metrics)
         progress.update(reward=f"{judged['rollout/reward_mean']:.3f}")
+        evaluation: dict[str, float] = {}
         if evaluator and (step % config.eval.every == 0 or step == config.steps):
             evaluation = evaluator.metrics(state.params["policy"], loop.reference)
             writer.write(step, evaluation)

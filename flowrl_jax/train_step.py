@@ -1,6 +1,7 @@
 """One optimiser step, and the log-probabilities it compares with: jitted programs over a mesh."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -74,9 +75,9 @@ def _response_logprobs(learner: Learner, params: Any, tokens, prompt_mask, respo
     prompt_length = prompt_mask.shape[1]
     mask = jnp.concatenate([prompt_mask, response_mask], axis=1)
     variables = {"params": params}
-    hidden = learner.model.apply(variables, tokens, mask)
-    unembedding = learner.model.apply(variables, method="unembedding")
-    logprobs = token_logprobs(
+    hidden: Any = learner.model.apply(variables, tokens, mask)
+    unembedding: Any = learner.model.apply(variables, method="unembedding")
+    logprobs: Any = token_logprobs(
         hidden[:, prompt_length - 1 : -1],
         unembedding,
         tokens[:, prompt_length:],
@@ -97,7 +98,8 @@ def _log_z(learner: Learner, params, hidden, batch: TrainBatch, target, key) -> 
         return jax.lax.stop_gradient(params["value"][batch.prompt_id])
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch.row_id) if config.dropout else None
     pooled = pool_prompt(hidden, batch.prompt_mask, config.pooling)
-    return LogZHead(config).apply({"params": params}, pooled, keys)
+    log_z: Any = LogZHead(config).apply({"params": params}, pooled, keys)
+    return log_z
 
 
 def _loss_sums(params, batch: TrainBatch, key: jax.Array, learner: Learner):
@@ -107,7 +109,9 @@ def _loss_sums(params, batch: TrainBatch, key: jax.Array, learner: Learner):
     )
     mask = batch.response_mask
     arrays = {
-        "logprobs": logprobs, "ref_logprobs": batch.ref_logprobs, "reward": batch.reward,
+        "logprobs": logprobs,
+        "ref_logprobs": batch.ref_logprobs,
+        "reward": batch.reward,
         "mask": mask,
     }
     target = None
@@ -192,9 +196,7 @@ def _gradients(learner: Learner, params: Any, batch: TrainBatch, key: jax.Array)
     value_and_grad = jax.value_and_grad(_loss_sums, has_aux=True)
 
     def accumulate(sums, micro_batch):
-        (loss, (weight, metrics, target)), grads = value_and_grad(
-            params, micro_batch, key, learner
-        )
+        (loss, (weight, metrics, target)), grads = value_and_grad(params, micro_batch, key, learner)
         return jax.tree.map(jnp.add, sums, (loss, weight, grads)), (metrics, target)
 
     if count == 1:
@@ -231,8 +233,8 @@ def train_step(
     key = jax.random.fold_in(key, state.step)
     grads, metrics, (prompt_id, target) = _gradients(learner, state.params, batch, key)
     updates, opt_state = learner.optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    if learner.log_z is not None and learner.log_z.kind == "table":
+    params: Any = optax.apply_updates(state.params, updates)
+    if target is not None and learner.log_z is not None and learner.log_z.kind == "table":
         rate = learner.log_z.table_rate
         params["log_z"] = update_table(state.params["log_z"], prompt_id, target, rate)
 
@@ -274,19 +276,34 @@ def abstract_state(learner: Learner, num_prompts: int) -> tuple[TrainState, Trai
     return shapes, shardings
 
 
-def _init(learner: Learner, num_prompts: int, key: jax.Array) -> TrainState:
+def _init(learner: Learner, num_prompts: int, key: jax.Array, policy: Any = None) -> TrainState:
     policy_key, log_z_key = jax.random.split(key)
     config = learner.model.config
     params = {
-        "policy": init_params(config, policy_key),
+        "policy": init_params(config, policy_key) if policy is None else policy,
         "log_z": init_log_z(learner.log_z, config.embed_dim, num_prompts, log_z_key),
     }
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(step=zero, params=params, opt_state=learner.optimizer.init(params),
-                      skipped=zero)
+    return TrainState(
+        step=zero, params=params, opt_state=learner.optimizer.init(params), skipped=zero
+    )
 
 
-def init_state(learner: Learner, num_prompts: int, key: jax.Array, policy: Any = None) -> TrainState:
+def init_policy(learner: Learner, key: jax.Array) -> Any:
+    """A random policy, made directly on its devices: that of a new state with the same key.
+
+    Args:
+        learner: what is fixed.
+        key: of the random initialisation.
+    """
+    _, shardings = abstract_state(learner, num_prompts=1)
+    make = lambda key: nn.unbox(init_params(learner.model.config, jax.random.split(key)[0]))  # noqa: E731
+    return jax.jit(make, out_shardings=shardings.params["policy"])(key)
+
+
+def init_state(
+    learner: Learner, num_prompts: int, key: jax.Array, policy: Any = None
+) -> TrainState:
     """A new state, made directly on its devices.
 
     Args:
@@ -296,15 +313,15 @@ def init_state(learner: Learner, num_prompts: int, key: jax.Array, policy: Any =
         policy: parameters to start from instead of random ones, unboxed, any sharding.
     """
     _, shardings = abstract_state(learner, num_prompts)
-    with learner.layout.activate():
-        make = lambda key: nn.unbox(_init(learner, num_prompts, key))  # noqa: E731
-        state = jax.jit(make, out_shardings=shardings)(key)
     if policy is not None:
-        placed = jax.device_put(policy, shardings.params["policy"])
+        policy = jax.device_put(policy, shardings.params["policy"])
+
+    def make(key, policy):
         # A copy: the state is donated at every step, the caller's parameters are not.
-        placed = jax.tree.map(jnp.copy, placed)
-        state = state.replace(params={**state.params, "policy": placed})
-    return state
+        policy = jax.tree.map(jnp.copy, policy)
+        return nn.unbox(_init(learner, num_prompts, key, policy))
+
+    return jax.jit(make, out_shardings=shardings)(key, policy)
 
 
 def make_train_step(learner: Learner, num_prompts: int) -> Callable:
@@ -334,8 +351,7 @@ def make_score(learner: Learner) -> Callable:
 
     def score(params, tokens, prompt_mask, response_mask):
         rows = tokens.shape[0]
-        size = learner.config.micro_batch_size or rows
-        size = size if rows % size == 0 else rows
+        size = math.gcd(rows, learner.config.micro_batch_size or rows)
 
         def some(arrays):
             return _response_logprobs(learner, params, *arrays)[0]

@@ -16,8 +16,9 @@ from flowrl_jax.objectives.log_z import LogZConfig, group_mean, update_table
 WIDTH = 12
 
 
-def init(config, width=WIDTH, seed=0):
-    return jax.jit(lambda key: init_log_z(config, width, 5, key))(jax.random.key(seed))
+@partial(jax.jit, static_argnums=(0, 1))
+def init(config, width, seed):
+    return init_log_z(config, width, 5, jax.random.key(seed))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -37,18 +38,17 @@ def head_reference(params, x):
     return (x @ params["output"]["kernel"] + params["output"]["bias"])[0]
 
 
-def perturbed(params, seed=0):
-    """Parameters away from their initial values, where norms are 1 and biases small."""
-    leaves, tree = jax.tree.flatten(params)
-    rng = np.random.default_rng(seed)
-    noisy = [np.asarray(leaf + rng.normal(0, 0.3, leaf.shape), np.float32) for leaf in leaves]
-    return jax.tree.unflatten(tree, noisy)
+def random_params(config, width=WIDTH):
+    """Parameters away from their initial values, where norms are 1 and 0 and biases small."""
+    shapes = jax.eval_shape(lambda: init_log_z(config, width, 5, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(0.3, 0.3, x.shape), x.dtype), shapes)
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])
 def test_head_as_released(num_layers):
     config = LogZConfig(num_layers=num_layers)
-    params = perturbed(init(config))
+    params = random_params(config)
     # Small inputs too: there eps matters.
     pooled = np.random.default_rng(1).normal(0, 1, (4, WIDTH)) * [[1], [3], [0.01], [0.0]]
     pooled = jnp.asarray(pooled, jnp.float32)
@@ -73,7 +73,7 @@ def test_number_of_parameters(width):
 def test_initialised_like_torch():
     """Weights and biases uniform within 1 / sqrt(H), norms 1 and 0."""
     width = 64
-    params = init(LogZConfig(), width)
+    params = init(LogZConfig(), width, 0)
     bound = 1 / math.sqrt(width)
     for name in ("hidden_0", "hidden_1", "output"):
         for value in params[name].values():
@@ -90,7 +90,7 @@ def test_initialised_like_torch():
 
 def test_zero_init_starts_at_exactly_zero():
     config = LogZConfig(zero_init=True)
-    params = init(config)
+    params = init(config, WIDTH, 0)
     pooled = jnp.asarray(np.random.default_rng(0).normal(0, 5, (4, WIDTH)), jnp.float32)
     keys = jax.random.split(jax.random.key(1), 4)
     assert not head(config, params, pooled).any()
@@ -103,7 +103,7 @@ def test_zero_init_starts_at_exactly_zero():
 @pytest.mark.parametrize("detach", [True, False])
 def test_detach_stops_the_gradient_to_the_policy(detach):
     config = LogZConfig(detach=detach)
-    params = init(config)
+    params = random_params(config)
     pooled = jnp.asarray(np.random.default_rng(0).normal(0, 1, (2, WIDTH)), jnp.float32)
 
     def total(params, pooled):
@@ -157,7 +157,7 @@ def test_dropout_belongs_to_the_row():
 def test_dropout_differs_between_layers():
     """With the same noise in both layers, dropping would be correlated."""
     config = LogZConfig(dropout=0.5)
-    params = init(config, 64)
+    params = random_params(config, 64)
     keys = jax.random.split(jax.random.key(1), 2)
     _, state = LogZHead(config).apply(
         {"params": params}, jnp.ones((2, 64)), keys, capture_intermediates=True
@@ -186,7 +186,7 @@ def test_table_is_a_running_mean():
     """Against a dictionary: the first visit is taken whole, duplicates in a batch are averaged."""
     rng = np.random.default_rng(0)
     rate, size = 0.3, 5
-    table = init(LogZConfig(kind="table"))
+    table = init(LogZConfig(kind="table"), WIDTH, 0)
     expected: dict[int, float] = {}
     visits = np.zeros(size)
     update = jax.jit(update_table)
@@ -213,7 +213,7 @@ def test_nothing_to_learn(kind):
 
 
 def test_initialisation_follows_its_key():
-    first, again = (init(LogZConfig(), seed=7) for _ in range(2))
+    first, again = (init(LogZConfig(), 64, 7) for _ in range(2))
     chex.assert_trees_all_equal(first, again)
-    other = init(LogZConfig(), seed=8)
+    other = init(LogZConfig(), 64, 8)
     assert (first["hidden_0"]["kernel"] != other["hidden_0"]["kernel"]).any()

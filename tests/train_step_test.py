@@ -1,5 +1,6 @@
 """The optimiser step: against the textbook, and what its result may not depend on."""
 
+from functools import cache
 from typing import Any
 
 import jax
@@ -45,11 +46,18 @@ OBJECTIVES = {
 SLOW = {"grpo sequence", "unit zero"}  # their parts are in the others, too
 
 
-def step(learner, batch=BATCH, state=None):
-    """State and metrics after one step; with `gradient_recorder` the optimiser's state is the
-    gradient."""
-    state = make_state(learner) if state is None else state
-    return make_train_step(learner, 8)(state, batch, KEY)
+@cache
+def program(name):
+    """The learner of an objective and its compiled step."""
+    learner = make_learner(CONFIG, OBJECTIVES[name])
+    return learner, make_train_step(learner, 8)
+
+
+@cache
+def whole_step(name):
+    """State and metrics after a step over the whole batch; the optimiser's state is the gradient."""
+    learner, run = program(name)
+    return run(make_state(learner), BATCH, KEY)
 
 
 def assert_same_gradient(ours, other):
@@ -72,21 +80,14 @@ def assert_same(ours, other):
         np.testing.assert_allclose(ours[1][name], value, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in OBJECTIVES],
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in OBJECTIVES]
 )
-def whole(request):
-    """An objective, and its step over the whole batch at once."""
-    objective = OBJECTIVES[request.param]
-    return objective, step(make_learner(CONFIG, objective))
-
-
-def test_micro_batches_do_not_matter(whole):
+def test_micro_batches_do_not_matter(name):
     """A peer weighs every micro-batch by a wrong constant."""
-    objective, expected = whole
-    assert_same(step(make_learner(CONFIG, objective, micro_batch_size=2)), expected)
-
+    learner = make_learner(CONFIG, OBJECTIVES[name], micro_batch_size=2)
+    cut = make_train_step(learner, 8)(make_state(learner), BATCH, KEY)
+    assert_same(cut, whole_step(name))
 
 def textbook_loss(params, batch, objective):
     """Mean loss as the papers write it, from all logits at once."""
@@ -176,12 +177,11 @@ def test_padding_does_not_matter(head_step):
 @pytest.fixture(scope="module")
 def dropout_step():
     """A program for a head with dropout, to be run at several steps."""
-    learner = make_learner(CONFIG, OBJECTIVES["two_sided head"])
-    program = make_train_step(learner, 8)
+    learner, step = program("two_sided head")
 
     def run(at, batch=BATCH, key=KEY):
         state = make_state(learner)
-        return program(state.replace(step=state.step + at), batch, key)[1]["log_z"]
+        return step(state.replace(step=state.step + at), batch, key)[1]["log_z"]
 
     return run
 
@@ -198,9 +198,8 @@ def test_dropout_noise_changes_with_the_step_and_the_row(dropout_step):
 
 def test_table_moves_to_the_targets():
     """Targets come from the loss' own residuals; the gradient leaves the table alone."""
-    learner = make_learner(CONFIG, OBJECTIVES["max table"])
-    before = make_state(learner).params["log_z"]
-    state, metrics = step(learner)
+    before = make_state(program("max table")[0]).params["log_z"]
+    state, metrics = whole_step("max table")
     logprobs = teacher_forced(CONFIG, tiny_params(CONFIG), *_rows(BATCH), 0.9)
     n = BATCH.response_mask.sum(1)
     target = 2.0 * BATCH.reward - (logprobs - BATCH.ref_logprobs).sum(1) / n
@@ -323,7 +322,7 @@ def test_bfloat16_compute_keeps_float32_masters():
         micro_batch_size=4,
     )
     before = make_state(learner).params
-    state, metrics = step(learner)
+    state, metrics = make_train_step(learner, 8)(make_state(learner), BATCH, KEY)
     for new, old in zip(jax.tree.leaves(state.params), jax.tree.leaves(before), strict=True):
         assert new.dtype == jnp.float32
         assert (new != old).mean() > 0.5
@@ -342,17 +341,14 @@ def test_score_is_the_teacher_forced_logprobs(micro_batch_size):
     )
 
 
-def test_given_policy_is_copied():
+def test_given_policy_is_copied(adam):
     """The state is donated at every step; the caller's parameters (the reference) are not."""
-    optimizer = make_optimizer(OPTIMIZER, 10, 1, train_log_z=True)
-    learner = make_learner(
-        CONFIG, FlowRLConfig(beta=2.0, log_z=NO_DROPOUT), optimizer=optimizer
-    )
+    learner, run = adam
     reference = tiny_params(CONFIG)
     state = init_state(learner, 8, jax.random.key(0), policy=reference)
     jax.tree.map(np.testing.assert_array_equal, state.params["policy"], reference)
     assert state.step == state.skipped == 0
-    step(learner, state=state)
+    run(state, BATCH, KEY)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(reference))
 
 

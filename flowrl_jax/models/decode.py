@@ -57,7 +57,8 @@ def forward_cached(
         cache = None if caches is None else caches[i]
         x, cache = Block(config).apply({"params": layer}, x, positions, mask, cache, index)
         written.append(cache)
-    return RMSNorm(config).apply({"params": params["final_norm"]}, x), tuple(written)
+    hidden: Any = RMSNorm(config).apply({"params": params["final_norm"]}, x)
+    return hidden, tuple(written)
 
 
 def grow_caches(caches: tuple[Cache, ...], length: int) -> tuple[Cache, ...]:

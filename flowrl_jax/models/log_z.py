@@ -31,7 +31,9 @@ def pool_prompt(hidden: jax.Array, prompt_mask: jax.Array, pooling: str) -> jax.
 def _uniform(fan_in: int) -> nn.initializers.Initializer:
     """torch's default for linear layers, weight and bias: uniform within 1 / sqrt(fan_in)."""
     bound = fan_in**-0.5
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+        key, shape, dtype, -bound, bound
+    )
 
 
 def row_dropout(x: jax.Array, rate: float, keys: jax.Array) -> jax.Array:
@@ -80,9 +82,7 @@ class LogZHead(nn.Module):
         return nn.Dense(1, kernel_init=last, bias_init=last, name="output")(x)[:, 0]
 
 
-def init_log_z(
-    config: LogZConfig | None, embed_dim: int, num_prompts: int, key: jax.Array
-) -> dict[str, Any]:
+def init_log_z(config: LogZConfig | None, embed_dim: int, num_prompts: int, key: jax.Array) -> Any:
     """The log Z parameter tree: empty where nothing is learned.
 
     Args:

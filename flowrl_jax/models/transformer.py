@@ -98,7 +98,7 @@ class TransformerConfig:
 def _param(module: nn.Module, name: str, init, shape, axes) -> jax.Array:
     """A parameter boxed with the names of its axes, in the compute dtype."""
     config = module.config
-    value = module.param(
+    value: Any = module.param(
         name, nn.with_logical_partitioning(init, axes), shape, config.param_dtype
     )
     return value.astype(config.dtype)
@@ -273,11 +273,12 @@ class Transformer(nn.Module):
         if config.remat != "none":
             policy = REMAT_POLICIES[config.remat]
             block = nn.remat(block, policy=policy, prevent_cse=False)
+        broadcast: Any = nn.broadcast  # flax types in_axes as int alone
         self.layers = nn.scan(
             _drop_cache(block),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=broadcast,
             length=config.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(config)

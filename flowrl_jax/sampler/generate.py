@@ -176,7 +176,10 @@ def _draw(logits: jax.Array, uniform: jax.Array, config: SamplerConfig):
 
 
 def _prefill(
-    weights: Any, prompts: PromptBatch, uniforms: jax.Array, shape: TransformerConfig,
+    weights: Any,
+    prompts: PromptBatch,
+    uniforms: jax.Array,
+    shape: TransformerConfig,
     config: SamplerConfig,
 ) -> _State:
     """Reads every prompt once, hands its cache to its samples and draws their first tokens."""
@@ -201,8 +204,12 @@ def _prefill(
 
 
 def _decode(
-    state: _State, weights: Any, prompts: PromptBatch, uniforms: jax.Array,
-    shape: TransformerConfig, config: SamplerConfig,
+    state: _State,
+    weights: Any,
+    prompts: PromptBatch,
+    uniforms: jax.Array,
+    shape: TransformerConfig,
+    config: SamplerConfig,
 ) -> _State:
     """Draws the other tokens, one loop per segment of the cache."""
     batch, width = prompts.tokens.shape
@@ -231,6 +238,6 @@ def _decode(
         state = jax.lax.while_loop(
             lambda state, limit=limit: (state.count < limit) & ~jnp.all(state.done),
             step,
-            state.replace(caches=caches),
+            dataclasses.replace(state, caches=caches),
         )
     return state
