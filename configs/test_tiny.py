@@ -27,16 +27,32 @@ def get_config(objective: str = "flowrl") -> ml_collections.ConfigDict:
     config = base.get_config()
     config.steps = 40
     config.model.update(
-        num_layers=2, embed_dim=32, num_heads=2, num_kv_heads=1, head_dim=16, mlp_dim=64,
-        init_std=0.1, remat="none",
+        num_layers=2,
+        embed_dim=32,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=16,
+        mlp_dim=64,
+        init_std=0.1,
+        remat="none",
     )
     config.tokenizer.max_number = 12
     config.data.options = {
-        "sizes": (3,), "number_min": 1, "number_max": 6, "target_min": 1, "target_max": 12,
-        "min_solutions": 2, "max_value": 12, "train": 64, "test": 16,
+        "sizes": (3,),
+        "number_min": 1,
+        "number_max": 6,
+        "target_min": 1,
+        "target_max": 12,
+        "min_solutions": 2,
+        "max_value": 12,
+        "train": 64,
+        "test": 16,
     }
     config.rollout.update(
-        prompts_per_step=8, group_size=4, max_prompt_length=8, max_response_length=10,
+        prompts_per_step=8,
+        group_size=4,
+        max_prompt_length=8,
+        max_response_length=10,
     )
     name = "grpo" if objective == "grpo" else "flowrl"
     config.loss = loss_fields(name, PRESETS[objective])

@@ -74,11 +74,11 @@ class Parts:
         except ValueError as error:
             raise InputError(str(error)) from error
 
-    def prompts_per_batch(self, most: int, samples: int) -> int:
-        """The least number of prompts, `most` or more, whose samples divide over the devices."""
+    def round_up_prompts(self, prompts: int, samples: int) -> int:
+        """The least number of prompts from `prompts` on whose samples divide over the devices."""
         shards = self.layout.batch_shards
         unit = shards // math.gcd(shards, samples)
-        return -(-most // unit) * unit
+        return -(-prompts // unit) * unit
 
 
 def claim_workdir(workdir: Path, *, resume: bool = False) -> None:

@@ -369,18 +369,18 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin is tuple:
         item, _ = typing.get_args(hint)
         if not isinstance(value, tuple | list):
-            raise InputError(f"{path}={value!r} is a {type(value).__name__}: give a tuple")
+            raise InputError(f"{path}={value!r} is of type {type(value).__name__}: give tuple")
         return tuple(_convert(item, x, f"{path}[{i}]") for i, x in enumerate(value))
     if origin is Mapping:
         if not isinstance(value, Mapping):
-            raise InputError(f"{path}={value!r} is a {type(value).__name__}: give a dict")
+            raise InputError(f"{path}={value!r} is of type {type(value).__name__}: give dict")
         return dict(value)
     accepted = typing.get_args(hint) or (hint,)
     if float in accepted and type(value) is int:
         value = float(value)
     if type(value) not in accepted:
         names = " or ".join(kind.__name__.removesuffix("Type") for kind in accepted)
-        raise InputError(f"{path}={value!r} is a {type(value).__name__}: give a {names}")
+        raise InputError(f"{path}={value!r} is of type {type(value).__name__}: give {names}")
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{path}={value} is not a finite number: give one")
     return value

@@ -49,7 +49,7 @@ class Evaluator:
         self._parts = parts
         self._config = config
         self._rows = source.rows(0, count)
-        self._batch_size = parts.prompts_per_batch(config.prompts_per_batch, config.samples)
+        self._batch_size = parts.round_up_prompts(config.prompts_per_batch, config.samples)
         self._sampler = parts.sampler(
             group_size=config.samples, temperature=config.temperature, top_k=config.top_k,
             top_p=config.top_p,

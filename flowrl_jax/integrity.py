@@ -18,34 +18,35 @@ HASHED_BYTES = 2**20
 def digests(arrays: Iterable[jax.Array]) -> list[int]:
     """A 32-bit digest of each array's bits, however the array is cut over devices.
 
-    It is computed where the array lives; large arrays do not travel for it.
+    It is computed where the arrays live, by one program; large arrays do not travel for it.
 
     Args:
-        arrays: of any shape and sharding; bool, integers or floats.
+        arrays: of any shape and sharding, all on the same devices; bool, integers or floats.
 
     Returns:
         Integers in [0, 2^32), the same on every process.
     """
-    return [int(value) for value in jax.device_get([_digest_everywhere(x) for x in arrays])]
-
-
-def _digest_everywhere(x: jax.Array) -> jax.Array:
-    # Every process needs the value, so every device of the mesh is given it.
-    sharding = x.sharding
-    on_mesh = isinstance(sharding, NamedSharding)
-    return _digest(x, NamedSharding(sharding.mesh, PartitionSpec()) if on_mesh else None)
+    arrays = list(arrays)
+    meshes = [x.sharding.mesh for x in arrays if isinstance(x.sharding, NamedSharding)]
+    # Every process needs the values, so every device of the mesh is given them.
+    everywhere = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
+    return [int(value) for value in jax.device_get(_digests(arrays, everywhere))]
 
 
 @functools.partial(jax.jit, static_argnames="sharding")
-def _digest(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+def _digests(arrays: list[jax.Array], sharding: NamedSharding | None) -> list[jax.Array]:
+    values = [_digest(x) for x in arrays]
+    return values if sharding is None else jax.lax.with_sharding_constraint(values, sharding)
+
+
+def _digest(x: jax.Array) -> jax.Array:
     """The sum modulo 2^32, in which order does not matter, of each word mixed with its place."""
     words = _words(x)
     place = jnp.zeros(words.shape, jnp.uint32)
     for axis, size in enumerate(words.shape):
         place = place * np.uint32(size % 2**32)
         place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-    digest = jnp.sum(_mix(words ^ _mix(place + jnp.uint32(1))), dtype=jnp.uint32)
-    return digest if sharding is None else jax.lax.with_sharding_constraint(digest, sharding)
+    return jnp.sum(_mix(words ^ _mix(place + jnp.uint32(1))), dtype=jnp.uint32)
 
 
 def _words(x: jax.Array) -> jax.Array:

@@ -231,6 +231,12 @@ def train_step(
         The new state, and scalar metrics.
     """
     key = jax.random.fold_in(key, state.step)
+    rows = jnp.arange(batch.reward.shape[0], dtype=jnp.int32)
+    batch = dataclasses.replace(
+        batch,
+        prompt_id=jnp.zeros_like(rows) if batch.prompt_id is None else batch.prompt_id,
+        row_id=rows if batch.row_id is None else batch.row_id,
+    )
     grads, metrics, (prompt_id, target) = _gradients(learner, state.params, batch, key)
     updates, opt_state = learner.optimizer.update(grads, state.opt_state, state.params)
     params: Any = optax.apply_updates(state.params, updates)

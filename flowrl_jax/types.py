@@ -18,14 +18,16 @@ class PromptBatch:
     Attributes:
         tokens: `[B, P]` int32, padded on the left.
         mask: `[B, P]` bool, true on the prompt's own tokens.
-        prompt_id: `[B]` int32, identifies the prompt in its data set.
-        sample_id: `[B]` int32, identifies the sample among those of its prompt.
+        prompt_id: `[B]` int32, identifies the prompt in its data set; the prompt's place in the
+            batch if None.
+        sample_id: `[B]` int32, identifies the sample among those of its prompt; its place in the
+            group if None.
     """
 
     tokens: jax.Array
     mask: jax.Array
-    prompt_id: jax.Array
-    sample_id: jax.Array
+    prompt_id: jax.Array | None = None
+    sample_id: jax.Array | None = None
 
 
 @struct.dataclass
@@ -59,9 +61,9 @@ class TrainBatch:
         old_logprobs: `[B, T]` float32, of the policy that sampled.
         ref_logprobs: `[B, T]` float32, of the reference policy.
         reward: `[B]` float32, as the objective wants it (normalised within its group or not).
-        prompt_id: `[B]` int32.
+        prompt_id: `[B]` int32, row of the log Z table; nothing else reads it.
         row_id: `[B]` int32, the row's place in the rollout; seeds per-row dropout, so that the
-            result does not depend on how the batch is cut.
+            result does not depend on how the batch is cut. The row's place in this batch if None.
     """
 
     tokens: jax.Array
@@ -70,8 +72,8 @@ class TrainBatch:
     old_logprobs: jax.Array
     ref_logprobs: jax.Array
     reward: jax.Array
-    prompt_id: jax.Array
-    row_id: jax.Array
+    prompt_id: jax.Array | None = None
+    row_id: jax.Array | None = None
 
 
 @struct.dataclass

@@ -204,8 +204,9 @@ def test_demonstration_is_refused(changes, message):
 
 @pytest.mark.parametrize("row", [{"prompt": "?"}, {"prompt": "?", "answer": " "}, {"answer": 42}])
 def test_row_without_an_answer_is_refused(row):
-    with pytest.raises(InputError, match=r"data\.options\.answer_field"):
-        build().grade("Answer: 42", row)
+    for ask in (build().prompt, lambda row: build().grade("Answer: 42", row)):
+        with pytest.raises(InputError, match=r"data\.options\.answer_field"):
+            ask(row)
 
 
 def test_unknown_option_is_refused():

@@ -55,7 +55,7 @@ def program(name):
 
 @cache
 def whole_step(name):
-    """State and metrics after a step over the whole batch; the optimiser's state is the gradient."""
+    """State and metrics of a step over the whole batch; the optimiser's state is the gradient."""
     learner, run = program(name)
     return run(make_state(learner), BATCH, KEY)
 

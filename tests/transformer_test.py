@@ -14,7 +14,13 @@ from jax.extend.core import jaxprs_in_params
 from flowrl_jax.masking import positions_from_mask
 from flowrl_jax.models.attention import attend, causal_mask
 from flowrl_jax.models.decode import decode_params, forward_cached, grow_caches, unembed
-from flowrl_jax.models.transformer import Transformer, TransformerConfig, init_params, rotary
+from flowrl_jax.models.transformer import (
+    Transformer,
+    TransformerConfig,
+    init_params,
+    rotary,
+    rotary_table,
+)
 from tests.tiny import full_logits, left_padded, tiny_config, tiny_params
 
 CONFIG = tiny_config()
@@ -174,18 +180,18 @@ def test_rotary_depends_on_the_distance():
     rng = np.random.default_rng(0)
     query, key = (jnp.asarray(rng.normal(0, 1, (1, 1, 1, 8)), jnp.float32) for _ in range(2))
 
+    def turn(x, position):
+        return rotary(x, rotary_table(jnp.array([[position]]), 8, 1e4))
+
     def score(i, j):
-        turned = (rotary(x, jnp.array([[at]]), 1e4) for x, at in ((query, i), (key, j)))
-        return float(jnp.vdot(*turned))
+        return float(jnp.vdot(turn(query, i), turn(key, j)))
 
     assert score(5, 2) == pytest.approx(score(1005, 1002), abs=1e-3)
     assert abs(score(5, 2) - score(5, 4)) > 1e-2
     # Angles are float32 even for bfloat16 inputs: positions 256 and 257 stay apart.
-    wide = rotary(query.astype(jnp.bfloat16), jnp.array([[257]]), 1e4)
+    wide = turn(query.astype(jnp.bfloat16), 257)
     assert wide.dtype == jnp.bfloat16
-    np.testing.assert_allclose(
-        wide.astype(jnp.float32), rotary(query, jnp.array([[257]]), 1e4), atol=0.02
-    )
+    np.testing.assert_allclose(wide.astype(jnp.float32), turn(query, 257), atol=0.02)
 
 
 @pytest.mark.parametrize("prefill", [1, 4])

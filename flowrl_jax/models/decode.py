@@ -10,7 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flowrl_jax.models.transformer import Block, Cache, Embedding, RMSNorm, TransformerConfig
+from flowrl_jax.models.transformer import (
+    Block,
+    Cache,
+    Embedding,
+    RMSNorm,
+    TransformerConfig,
+    rotary_table,
+)
 
 
 def decode_params(params: Any, config: TransformerConfig) -> Any:
@@ -52,10 +59,11 @@ def forward_cached(
         Final hidden states `[B, T, D]`, normalised, and the caches with `tokens` written in.
     """
     x = Embedding(config).apply({"params": params["embedding"]}, tokens)
+    rotation = rotary_table(positions, config.head_dim, config.rope_theta)
     written = []
     for i, layer in enumerate(params["layers"]):
         cache = None if caches is None else caches[i]
-        x, cache = Block(config).apply({"params": layer}, x, positions, mask, cache, index)
+        x, cache = Block(config).apply({"params": layer}, x, rotation, mask, cache, index)
         written.append(cache)
     hidden: Any = RMSNorm(config).apply({"params": params["final_norm"]}, x)
     return hidden, tuple(written)

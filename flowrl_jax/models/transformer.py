@@ -16,6 +16,7 @@ from flowrl_jax.masking import positions_from_mask
 from flowrl_jax.sharding import constrain
 
 Cache = tuple[jax.Array, jax.Array]
+Rotation = tuple[jax.Array, jax.Array]
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -113,20 +114,33 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotates pairs (i, i + H/2) of each head by the position (Llama's half-split layout).
+def rotary_table(positions: jax.Array, head_dim: int, theta: float) -> Rotation:
+    """Sines and cosines by which `rotary` turns heads; every layer uses the same.
 
     Angles are float32: in bfloat16 position 257 would round to 256.
 
     Args:
-        x: `[B, N, T, H]`.
         positions: `[B, T]` int32.
+        head_dim: H.
         theta: base of the frequencies.
+
+    Returns:
+        Two arrays `[B, 1, T, H / 2]` float32.
     """
-    half = x.shape[-1] // 2
+    half = head_dim // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions[:, None, :, None].astype(jnp.float32) * frequency
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    return jnp.sin(angle), jnp.cos(angle)
+
+
+def rotary(x: jax.Array, rotation: Rotation) -> jax.Array:
+    """Rotates pairs (i, i + H/2) of each head by the position (Llama's half-split layout).
+
+    Args:
+        x: `[B, N, T, H]`.
+        rotation: from `rotary_table`.
+    """
+    sin, cos = rotation
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate(
         [first * cos - second * sin, second * cos + first * sin], axis=-1
@@ -155,7 +169,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        positions: jax.Array,
+        rotation: Rotation,
         mask: jax.Array,
         cache: Cache | None = None,
         index: jax.Array | int = 0,
@@ -164,7 +178,7 @@ class Attention(nn.Module):
 
         Args:
             x: `[B, T, D]`.
-            positions: `[B, T]` int32.
+            rotation: from `rotary_table`.
             mask: `[B, T, S]` bool; S = T without a cache.
             cache: keys and values `[B, K, S, H]`.
             index: column of the cache that the first token of `x` goes to.
@@ -189,8 +203,8 @@ class Attention(nn.Module):
                 out += bias[:, None]
             return constrain(out, "batch", axis, "seq", "head_dim")
 
-        query = rotary(project("query", config.num_heads, "heads"), positions, config.rope_theta)
-        key = rotary(project("key", config.num_kv_heads, "kv_heads"), positions, config.rope_theta)
+        query = rotary(project("query", config.num_heads, "heads"), rotation)
+        key = rotary(project("key", config.num_kv_heads, "kv_heads"), rotation)
         value = project("value", config.num_kv_heads, "kv_heads")
         if cache is not None:
             start = (0, 0, index, 0)
@@ -214,10 +228,12 @@ class MLP(nn.Module):
         config = self.config
         init = nn.initializers.normal(config.init_std)
         shape = (config.embed_dim, config.mlp_dim)
-        gate = matmul(x, _param(self, "gate", init, shape, ("embed", "mlp")))
-        up = matmul(x, _param(self, "up", init, shape, ("embed", "mlp")))
-        hidden = constrain(nn.silu(gate) * up, "batch", "seq", "mlp")
-        return matmul(hidden, _param(self, "down", init, shape[::-1], ("mlp", "embed")))
+        rows = x.reshape(-1, config.embed_dim)
+        gate = rows @ _param(self, "gate", init, shape, ("embed", "mlp"))
+        up = rows @ _param(self, "up", init, shape, ("embed", "mlp"))
+        hidden = constrain(nn.silu(gate) * up, "batch", "mlp")
+        out = hidden @ _param(self, "down", init, shape[::-1], ("mlp", "embed"))
+        return out.reshape(x.shape)
 
 
 class Block(nn.Module):
@@ -226,10 +242,10 @@ class Block(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x, positions, mask, cache=None, index=0):
+    def __call__(self, x, rotation, mask, cache=None, index=0):
         """Arguments and results as in `Attention`."""
         attended, cache = Attention(self.config, name="attention")(
-            RMSNorm(self.config, name="attention_norm")(x), positions, mask, cache, index
+            RMSNorm(self.config, name="attention_norm")(x), rotation, mask, cache, index
         )
         x = constrain(x + attended, "batch", "seq", "activation_embed")
         x = x + MLP(self.config, name="mlp")(RMSNorm(self.config, name="mlp_norm")(x))
@@ -302,7 +318,8 @@ class Transformer(nn.Module):
         """
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
         positions = positions_from_mask(mask) if positions is None else positions
-        x, _ = self.layers(self.embedding(tokens), positions, causal_mask(mask))
+        rotation = rotary_table(positions, self.config.head_dim, self.config.rope_theta)
+        x, _ = self.layers(self.embedding(tokens), rotation, causal_mask(mask))
         return self.final_norm(x)
 
     def logits(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -324,8 +341,8 @@ def _drop_cache(block: type[nn.Module]) -> type[nn.Module]:
 
     class ScannedBlock(block):
         @nn.compact
-        def __call__(self, x, positions, mask):
-            x, _ = super().__call__(x, positions, mask)
+        def __call__(self, x, rotation, mask):
+            x, _ = super().__call__(x, rotation, mask)
             return x, None
 
     return ScannedBlock

@@ -63,6 +63,7 @@ class SamplerConfig:
             raise ValueError(f"sampler.top_p={self.top_p} must be in (0, 1]; 1 keeps all")
 
 
+@jax.jit
 def rollout_key(seed: int, step: int) -> jax.Array:
     """The key of a rollout step; prompts, samples and positions are folded in by `generate`."""
     return jax.random.fold_in(jax.random.key(seed), step)
@@ -154,6 +155,7 @@ def generate(
             f" sampler.group_size={config.group_size}: pass every prompt that many times, in"
             " adjacent rows"
         )
+    prompts = _with_ids(prompts, config.group_size)
     with layout.activate() if layout else contextlib.nullcontext():
         weights = decode_params(params, model.config)
         uniforms = _uniforms(key, prompts, config.max_response_length).T
@@ -166,6 +168,16 @@ def generate(
         response_mask=response_mask,
         sampler_logprobs=state.logprobs.T,
         truncated=~state.done,
+    )
+
+
+def _with_ids(prompts: PromptBatch, group_size: int) -> PromptBatch:
+    """Prompts that say who they are, by their places where they did not."""
+    rows = jnp.arange(prompts.tokens.shape[0], dtype=jnp.int32)
+    return dataclasses.replace(
+        prompts,
+        prompt_id=rows // group_size if prompts.prompt_id is None else prompts.prompt_id,
+        sample_id=rows % group_size if prompts.sample_id is None else prompts.sample_id,
     )
 
 

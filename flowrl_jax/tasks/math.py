@@ -40,7 +40,12 @@ class Math:
         self.config = config
 
     def prompt(self, row: Row) -> str:
-        """Returns the problem, with the instruction around it where the config says so."""
+        """Returns the problem, with the instruction around it where the config says so.
+
+        Raises:
+            InputError: the row has no answer; better now than when a response is there to judge.
+        """
+        _answer(row)
         return question(row["prompt"]) if self.config.wrap else row["prompt"]
 
     def grade(self, response: str, row: Row) -> float:
