@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 FILE_LIST = "files.json"
 HASHED_BYTES = 2**20
@@ -18,25 +18,35 @@ HASHED_BYTES = 2**20
 def digests(arrays: Iterable[jax.Array]) -> list[int]:
     """A 32-bit digest of each array's bits, however the array is cut over devices.
 
-    It is computed where the arrays live, by one program; large arrays do not travel for it.
+    It is computed where the arrays live, by one program per mesh; large arrays do not travel.
 
     Args:
-        arrays: of any shape and sharding, all on the same devices; bool, integers or floats.
+        arrays: of any shape and sharding; bool, integers or floats.
 
     Returns:
         Integers in [0, 2^32), the same on every process.
     """
     arrays = list(arrays)
-    meshes = [x.sharding.mesh for x in arrays if isinstance(x.sharding, NamedSharding)]
-    # Every process needs the values, so every device of the mesh is given them.
-    everywhere = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
-    return [int(value) for value in jax.device_get(_digests(arrays, everywhere))]
+    places: dict[Sharding, list[int]] = {}
+    for place, x in enumerate(arrays):
+        places.setdefault(_everywhere(x.sharding), []).append(place)
+    values: dict[int, jax.Array] = {}
+    for sharding, group in places.items():
+        found = _digests([arrays[place] for place in group], sharding)
+        values |= dict(zip(group, found, strict=True))
+    return [int(value) for _, value in sorted(jax.device_get(values).items())]
+
+
+def _everywhere(sharding: Sharding) -> Sharding:
+    """Every process needs the values, so every device of a mesh is given them."""
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec())
+    return sharding
 
 
 @functools.partial(jax.jit, static_argnames="sharding")
-def _digests(arrays: list[jax.Array], sharding: NamedSharding | None) -> list[jax.Array]:
-    values = [_digest(x) for x in arrays]
-    return values if sharding is None else jax.lax.with_sharding_constraint(values, sharding)
+def _digests(arrays: list[jax.Array], sharding: Sharding) -> list[jax.Array]:
+    return jax.lax.with_sharding_constraint([_digest(x) for x in arrays], sharding)
 
 
 def _digest(x: jax.Array) -> jax.Array:

@@ -231,6 +231,11 @@ def train_step(
         The new state, and scalar metrics.
     """
     key = jax.random.fold_in(key, state.step)
+    if batch.prompt_id is None and learner.log_z is not None and learner.log_z.kind == "table":
+        raise ValueError(
+            "the batch has no prompt_id, but loss.log_z.kind='table' keeps a row per prompt: set"
+            " it, or choose another kind"
+        )
     rows = jnp.arange(batch.reward.shape[0], dtype=jnp.int32)
     batch = dataclasses.replace(
         batch,

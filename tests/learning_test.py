@@ -32,7 +32,9 @@ def test_learns_to_stop(preset):
     """To about 2 tokens after 14 steps; the same runs stand at 8 where the mask omits the end."""
     objective = PRESETS[preset]
     optimizer = make_optimizer(
-        OptimizerConfig(learning_rate=2e-2, warmup_steps=0, weight_decay=0.0), STEPS, 1,
+        OptimizerConfig(learning_rate=2e-2, warmup_steps=0, weight_decay=0.0),
+        STEPS,
+        1,
         train_log_z=True,
     )
     learner = make_learner(
@@ -45,9 +47,7 @@ def test_learns_to_stop(preset):
     lengths = []
     for step in range(STEPS):
         key = rollout_key(0, step)
-        rollout = generate(
-            state.params["policy"], prompts, key, model=MODEL, config=SAMPLER
-        )
+        rollout = generate(state.params["policy"], prompts, key, model=MODEL, config=SAMPLER)
         length = rollout.response_mask.sum(1)
         lengths.append(float(length.mean()))
         rows = rollout.tokens, rollout.prompt_mask, rollout.response_mask
@@ -57,9 +57,7 @@ def test_learns_to_stop(preset):
             response_mask=rollout.response_mask,
             old_logprobs=rollout.sampler_logprobs,
             ref_logprobs=score(reference, *rows),
-            reward=normalize_rewards(
-                -length.astype(jnp.float32), GROUP, objective.reward_norm
-            ),
+            reward=normalize_rewards(-length.astype(jnp.float32), GROUP, objective.reward_norm),
             prompt_id=prompts.prompt_id,
             row_id=jnp.arange(len(length)),
         )

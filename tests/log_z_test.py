@@ -62,9 +62,7 @@ def test_head_as_released(num_layers):
 @pytest.mark.parametrize("width", [16, 1536])
 def test_number_of_parameters(width):
     """Section 2 of the analysis: 2 (H^2 + H) + 4 H + H + 1; 4,729,345 for H = 1536."""
-    shapes = jax.eval_shape(
-        lambda: init_log_z(LogZConfig(), width, 0, jax.random.key(0))
-    )
+    shapes = jax.eval_shape(lambda: init_log_z(LogZConfig(), width, 0, jax.random.key(0)))
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     assert count == 2 * (width**2 + width) + 4 * width + width + 1
     assert width != 1536 or count == 4_729_345

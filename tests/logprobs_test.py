@@ -64,9 +64,7 @@ def test_bfloat16_is_reduced_in_float32():
     expected = whole(
         hidden.astype(jnp.float32), unembedding.astype(jnp.float32), targets, temperature=1.0
     )
-    ours, pull = jax.vjp(
-        lambda h, w: chunked(h, w, targets, 1.0, 2), hidden, unembedding
-    )
+    ours, pull = jax.vjp(lambda h, w: chunked(h, w, targets, 1.0, 2), hidden, unembedding)
     assert ours.dtype == jnp.float32
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
     assert [grad.dtype for grad in pull(cotangent)] == [jnp.bfloat16, jnp.bfloat16]
@@ -106,7 +104,8 @@ def test_compiled_memory_is_a_chunks():
     """What XLA reserves shrinks with the chunk."""
     batch, length, width, vocab = 2, 64, 8, 4096
     arguments = (
-        jnp.zeros((batch, length, width)), jnp.zeros((width, vocab)),
+        jnp.zeros((batch, length, width)),
+        jnp.zeros((width, vocab)),
         jnp.zeros((batch, length), jnp.int32),
     )
 

@@ -31,9 +31,7 @@ def name(shape):
 
 def gradient(mesh, micro_batch_size=0):
     """Gradient and metrics of one step over a mesh, on the host."""
-    learner = make_learner(
-        MESH_CONFIG, OBJECTIVE, mesh=mesh, micro_batch_size=micro_batch_size
-    )
+    learner = make_learner(MESH_CONFIG, OBJECTIVE, mesh=mesh, micro_batch_size=micro_batch_size)
     batch = learner.layout.put_batch(BATCH)
     state, metrics = make_train_step(learner, 8)(make_state(learner), batch, KEY)
     return jax.device_get((state.opt_state, metrics))
@@ -54,7 +52,9 @@ def test_loss_and_gradient_do_not_depend_on_the_mesh(mesh, alone):
     for (path, expected), found in zip(paths, jax.tree.leaves(grads), strict=True):
         # To 1e-5 of the parameter's largest gradient: float32 sums in another order.
         np.testing.assert_allclose(
-            found, expected, atol=1e-5 * np.abs(expected).max() + 1e-8,
+            found,
+            expected,
+            atol=1e-5 * np.abs(expected).max() + 1e-8,
             err_msg=jax.tree_util.keystr(path),
         )
 

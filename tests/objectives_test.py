@@ -131,8 +131,13 @@ def test_long_responses_are_not_called_clipped(weight, log_ratio):
     logprobs = jnp.full((1, 7), log_ratio / 7)
     zeros = jnp.zeros((1, 7))
     _, metrics = flowrl_loss(
-        log_z=jnp.zeros(1), logprobs=logprobs, ref_logprobs=zeros, old_logprobs=zeros,
-        reward=jnp.zeros(1), mask=jnp.ones((1, 7), bool), config=FlowRLConfig(weight=weight),
+        log_z=jnp.zeros(1),
+        logprobs=logprobs,
+        ref_logprobs=zeros,
+        old_logprobs=zeros,
+        reward=jnp.zeros(1),
+        mask=jnp.ones((1, 7), bool),
+        config=FlowRLConfig(weight=weight),
     )
     assert metrics["weight_clipped"] == 0.0
 
@@ -155,9 +160,9 @@ def test_log_z_target_is_the_residuals_root():
     loss, _ = flowrl_loss(config=config, **(arrays | {"log_z": target}))
     # Squares of rounding errors of about 1e-6.
     np.testing.assert_allclose(loss, np.zeros(6), atol=1e-10)
-    grad = jax.grad(
-        lambda x: log_z_target(config=config, **(rest | {"logprobs": x})).sum()
-    )(arrays["logprobs"])
+    grad = jax.grad(lambda x: log_z_target(config=config, **(rest | {"logprobs": x})).sum())(
+        arrays["logprobs"]
+    )
     assert not grad.any()
 
 
@@ -230,8 +235,12 @@ def test_grpo_pulls_back_from_far_away():
 
     def loss(logprobs):
         losses, _ = grpo_loss(
-            logprobs=logprobs, ref_logprobs=zeros, old_logprobs=logprobs, reward=jnp.zeros(1),
-            mask=jnp.ones((1, 3), bool), config=GRPOConfig(kl_coef=1.0),
+            logprobs=logprobs,
+            ref_logprobs=zeros,
+            old_logprobs=logprobs,
+            reward=jnp.zeros(1),
+            mask=jnp.ones((1, 3), bool),
+            config=GRPOConfig(kl_coef=1.0),
         )
         return losses.sum()
 
@@ -251,10 +260,16 @@ def test_grpo_on_policy_is_reinforce(aggregation):
         return total.sum() / weight.sum()
 
     def grpo(logprobs_):
-        return mean(grpo_loss(
-            logprobs=logprobs_, ref_logprobs=logprobs, old_logprobs=logprobs, reward=reward,
-            mask=mask, config=config,
-        )[0])
+        return mean(
+            grpo_loss(
+                logprobs=logprobs_,
+                ref_logprobs=logprobs,
+                old_logprobs=logprobs,
+                reward=reward,
+                mask=mask,
+                config=config,
+            )[0]
+        )
 
     reinforce = jax.grad(lambda x: mean(-reward[:, None] * x))(logprobs)
     np.testing.assert_allclose(jax.grad(grpo)(logprobs), reinforce, rtol=1e-6)
@@ -273,8 +288,13 @@ def test_aggregations_weigh_tokens_differently():
 # Correct of 8 -> normalised reward of a correct and of a wrong sample, as the released code
 # computes them (Bessel's correction, eps 1e-6).
 RELEASED = {
-    1: (2.4749, -0.3536), 2: (1.6202, -0.5401), 3: (1.2076, -0.7246), 4: (0.9354, -0.9354),
-    5: (0.7246, -1.2076), 6: (0.5401, -1.6202), 7: (0.3536, -2.4749),
+    1: (2.4749, -0.3536),
+    2: (1.6202, -0.5401),
+    3: (1.2076, -0.7246),
+    4: (0.9354, -0.9354),
+    5: (0.7246, -1.2076),
+    6: (0.5401, -1.6202),
+    7: (0.3536, -2.4749),
 }
 
 
@@ -324,9 +344,7 @@ def test_equal_rewards_are_exactly_zero(value):
 def test_normalize_rewards_by_name():
     reward = jnp.array([0.0, 1.0, 3.0, 3.0])
     np.testing.assert_allclose(normalize_rewards(reward, 2, "center"), [-0.5, 0.5, 0.0, 0.0])
-    np.testing.assert_array_equal(
-        normalize_rewards(reward, 2, "group"), group_normalize(reward, 2)
-    )
+    np.testing.assert_array_equal(normalize_rewards(reward, 2, "group"), group_normalize(reward, 2))
     np.testing.assert_array_equal(normalize_rewards(reward, 2, "none"), reward)
     with pytest.raises(ValueError, match="reward_norm"):
         normalize_rewards(reward, 2, "grpo")
@@ -375,9 +393,7 @@ def test_reference_is_needed_only_where_it_is_read():
     assert not grpo.needs_reference(config)
     arrays = device(example())
     without = arrays | {"ref_logprobs": jnp.full_like(arrays["logprobs"], jnp.nan)}
-    np.testing.assert_array_equal(
-        grpo.terms(config, **arrays)[0], grpo.terms(config, **without)[0]
-    )
+    np.testing.assert_array_equal(grpo.terms(config, **arrays)[0], grpo.terms(config, **without)[0])
 
 
 @pytest.mark.parametrize(

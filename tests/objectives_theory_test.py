@@ -31,8 +31,9 @@ def strings():
 
 
 RESPONSES = list(strings())
-PREFIXES = {prefix: i for i, prefix in enumerate(sorted({r[:t] for r in RESPONSES
-                                                         for t in range(len(r))}))}
+PREFIXES = {
+    prefix: i for i, prefix in enumerate(sorted({r[:t] for r in RESPONSES for t in range(len(r))}))
+}
 SIZES = np.array([len(r) for r in RESPONSES])
 MASK = np.arange(LENGTH) < SIZES[:, None]
 TOKENS = np.array([r + (0,) * (LENGTH - len(r)) for r in RESPONSES])
@@ -107,7 +108,12 @@ def test_balance_gradient_is_the_gradient_of_the_kl(log_z):
     policy, reference, _, reward = space()
     weights = jnp.exp(total(logprobs_of(policy)))
     grad = expected_gradient(
-        policy, weights, log_z=log_z, reference=reference, old=policy, reward=reward,
+        policy,
+        weights,
+        log_z=log_z,
+        reference=reference,
+        old=policy,
+        reward=reward,
         config=BALANCE,
     )
     kl_grad = jax.grad(lambda table: kl_to_target(table, reference, reward)[0])(policy)
@@ -148,8 +154,12 @@ def test_length_normalised_zero_of_the_loss():
     # A distribution over responses, spread over their tokens: only its sum matters here.
     logprobs = jnp.where(MASK, (log_policy / SIZES)[:, None], jnp.nan)
     loss, _ = flowrl_loss(
-        log_z=jnp.full(len(RESPONSES), zeta), logprobs=logprobs, old_logprobs=logprobs,
-        ref_logprobs=logprobs_of(reference), reward=reward, mask=jnp.asarray(MASK),
+        log_z=jnp.full(len(RESPONSES), zeta),
+        logprobs=logprobs,
+        old_logprobs=logprobs,
+        ref_logprobs=logprobs_of(reference),
+        reward=reward,
+        mask=jnp.asarray(MASK),
         config=FlowRLConfig(beta=BETA),
     )
     np.testing.assert_allclose(loss, 0.0, atol=EXACT)
@@ -160,9 +170,7 @@ def test_log_z_gap_is_the_kl():
     """log Z - E[log Z estimate] = KL(policy || target): a diagnostic that needs no oracle."""
     policy, reference, _, reward = space()
     logprobs = logprobs_of(policy)
-    estimate = log_z_target(
-        logprobs, logprobs_of(reference), reward, jnp.asarray(MASK), BALANCE
-    )
+    estimate = log_z_target(logprobs, logprobs_of(reference), reward, jnp.asarray(MASK), BALANCE)
     kl, log_z = kl_to_target(policy, reference, reward)
     gap = log_z - jnp.sum(jnp.exp(total(logprobs)) * estimate)
     np.testing.assert_allclose(gap, kl, rtol=EXACT)
@@ -193,9 +201,12 @@ def test_optimum_does_not_depend_on_the_weight(weight):
 
     def loss(logprobs, log_z):
         losses, _ = flowrl_loss(
-            log_z=jnp.full(len(RESPONSES), log_z), logprobs=logprobs,
-            ref_logprobs=logprobs_of(reference), old_logprobs=logprobs_of(behaviour),
-            reward=reward, mask=jnp.asarray(MASK),
+            log_z=jnp.full(len(RESPONSES), log_z),
+            logprobs=logprobs,
+            ref_logprobs=logprobs_of(reference),
+            old_logprobs=logprobs_of(behaviour),
+            reward=reward,
+            mask=jnp.asarray(MASK),
             config=FlowRLConfig(beta=BETA, weight=weight, length_normalize=False),
         )
         return losses.mean()
@@ -211,7 +222,9 @@ def drawn(count=24, group_size=8, seed=3):
     rows = np.random.default_rng(seed).integers(0, len(RESPONSES), count)
     mask = jnp.asarray(MASK[rows])
     arrays = {
-        "ref_logprobs": logprobs_of(reference)[rows], "reward": reward[rows], "mask": mask,
+        "ref_logprobs": logprobs_of(reference)[rows],
+        "reward": reward[rows],
+        "mask": mask,
     }
     return policy, behaviour, rows, arrays, group_size
 
@@ -227,8 +240,11 @@ def test_flowrl_is_grpo_and_a_regulariser(kind):
 
     def flowrl(table):
         return flowrl_loss(
-            log_z=log_z, logprobs=logprobs_of(table)[rows], old_logprobs=old,
-            config=FlowRLConfig(beta=BETA, weight="none"), **arrays,
+            log_z=log_z,
+            logprobs=logprobs_of(table)[rows],
+            old_logprobs=old,
+            config=FlowRLConfig(beta=BETA, weight="none"),
+            **arrays,
         )[0].mean()
 
     def composed(table):
@@ -251,11 +267,12 @@ def test_group_log_z_is_leave_one_out_with_kl_in_the_reward():
 
     def balance(table):
         logprobs = logprobs_of(table)[rows]
-        target = log_z_target(
-            logprobs, arrays["ref_logprobs"], arrays["reward"], mask, BALANCE
-        )
+        target = log_z_target(logprobs, arrays["ref_logprobs"], arrays["reward"], mask, BALANCE)
         return flowrl_loss(
-            log_z=group_mean(target, size), logprobs=logprobs, old_logprobs=old, config=BALANCE,
+            log_z=group_mean(target, size),
+            logprobs=logprobs,
+            old_logprobs=old,
+            config=BALANCE,
             **arrays,
         )[0].mean()
 
@@ -284,9 +301,12 @@ def test_grpo_penalty_on_policy_is_the_forward_kl():
     def penalty(logits):
         logprobs = jax.nn.log_softmax(logits)[:, None]
         loss, _ = grpo_loss(
-            logprobs=logprobs, ref_logprobs=ref_logprobs[:, None],
-            old_logprobs=jax.nn.log_softmax(policy)[:, None], reward=jnp.zeros(6),
-            mask=jnp.ones((6, 1), bool), config=GRPOConfig(kl_coef=1.0),
+            logprobs=logprobs,
+            ref_logprobs=ref_logprobs[:, None],
+            old_logprobs=jax.nn.log_softmax(policy)[:, None],
+            reward=jnp.zeros(6),
+            mask=jnp.ones((6, 1), bool),
+            config=GRPOConfig(kl_coef=1.0),
         )
         return jnp.sum(weights[:, None] * loss)
 

@@ -57,8 +57,12 @@ def run(config, *, train_log_z=True, updates_per_rollout=1):
 def test_two_groups_of_adamw(jointly):
     """Own learning rates; one norm over both groups, as released, or one over each."""
     config = OptimizerConfig(
-        learning_rate=0.1, log_z_learning_rate=0.02, warmup_steps=2, weight_decay=0.3,
-        clip_norm=1.0, clip_jointly=jointly,
+        learning_rate=0.1,
+        log_z_learning_rate=0.02,
+        warmup_steps=2,
+        weight_decay=0.3,
+        clip_norm=1.0,
+        clip_jointly=jointly,
     )
     policy, head = [], []
     for p, h in GRADS:

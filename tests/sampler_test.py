@@ -40,8 +40,11 @@ def prompts():
 
 def sample(batch=None, key=KEY, params=None, **changes):
     return generate(
-        tiny_params(CONFIG) if params is None else params, prompts() if batch is None else batch,
-        key, model=MODEL, config=dataclasses.replace(SETTINGS, **changes),
+        tiny_params(CONFIG) if params is None else params,
+        prompts() if batch is None else batch,
+        key,
+        model=MODEL,
+        config=dataclasses.replace(SETTINGS, **changes),
     )
 
 
@@ -68,9 +71,9 @@ def teacher_forced(rollout, temperature, config=CONFIG, params=None):
 
 
 def test_logprobs_are_the_teacher_forced_ones(rollout):
-    wanted = np.take_along_axis(
-        teacher_forced(rollout, 0.8), responses(rollout)[..., None], 2
-    )[..., 0]
+    wanted = np.take_along_axis(teacher_forced(rollout, 0.8), responses(rollout)[..., None], 2)[
+        ..., 0
+    ]
     mask = np.asarray(rollout.response_mask)
     np.testing.assert_allclose(np.asarray(rollout.sampler_logprobs)[mask], wanted[mask], **ROUNDING)
     assert not rollout.sampler_logprobs[~mask].any()
@@ -102,9 +105,7 @@ def assert_same(rollout, other, rows: Any = slice(None)):
     np.testing.assert_array_equal(responses(rollout)[rows], responses(other))
     np.testing.assert_array_equal(rollout.response_mask[rows], other.response_mask)
     np.testing.assert_array_equal(rollout.truncated[rows], other.truncated)
-    np.testing.assert_allclose(
-        rollout.sampler_logprobs[rows], other.sampler_logprobs, **ROUNDING
-    )
+    np.testing.assert_allclose(rollout.sampler_logprobs[rows], other.sampler_logprobs, **ROUNDING)
 
 
 def take(batch, rows) -> Any:
@@ -147,6 +148,15 @@ def test_noise_depends_on_step_seed_prompt_and_sample():
         assert len(set(rows)) > 6
     # And equal ids give equal responses.
     assert len(set(map(tuple, responses(sample(same))))) == 1
+
+
+def test_rows_without_ids_are_known_by_their_place():
+    rows = jnp.arange(12, dtype=jnp.int32)
+    batch = prompts().replace(prompt_id=rows // GROUP, sample_id=rows % GROUP)
+    assert_same(
+        sample(batch, max_response_length=1),
+        sample(batch.replace(prompt_id=None, sample_id=None), max_response_length=1),
+    )
 
 
 def test_other_ends_are_respected(rollout):
@@ -246,9 +256,7 @@ def test_lengths_around_a_segment(length, rollout):
     mask = np.asarray(rollout.response_mask)[:, :length]
     np.testing.assert_array_equal(other.response_mask, mask)
     np.testing.assert_array_equal(responses(other), responses(rollout)[:, :length])
-    np.testing.assert_array_equal(
-        other.truncated, ~np.isin(responses(other), (3, 5)).any(1)
-    )
+    np.testing.assert_array_equal(other.truncated, ~np.isin(responses(other), (3, 5)).any(1))
 
 
 MESHES = [
@@ -269,7 +277,9 @@ def test_mesh_does_not_matter(shape):
     layout = Layout(make_mesh(MeshConfig(data=1, fsdp=shape[0], tensor=shape[1])))
     boxed = jax.eval_shape(lambda: init_params(MESH_CONFIG, jax.random.key(0)))
     placed = jax.device_put(params, layout.tree_shardings(boxed))
-    sharded = generate(placed, layout.put_batch(batch), KEY, model=model, config=config)
+    sharded = generate(
+        placed, layout.put_batch(batch), KEY, model=model, config=config, layout=layout
+    )
     assert len(sharded.tokens.sharding.device_set) == 8
     assert 0 < alone.truncated.sum() < 16
     assert_same(alone, sharded)

@@ -44,16 +44,23 @@ def test_frequencies_and_logprobs(vocab, temperature, top_k, top_p):
     count = 20_000
     uniform = (jnp.arange(count) + 0.5) / count
     tokens, logprobs = jitted(
-        jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, vocab)), uniform,
-        temperature=temperature, top_k=top_k, top_p=top_p,
+        jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, vocab)),
+        uniform,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
     )
     assert tokens.dtype == jnp.int32 and logprobs.dtype == jnp.float32
     found = np.bincount(np.asarray(tokens), minlength=vocab)
     # The set of tokens with a weight is exact, and no other is ever drawn.
-    kept = truncate(
-        jnp.exp((jnp.asarray(logits, jnp.float32) - logits.max()) / temperature)[None],
-        top_k, top_p,
-    )[0] > 0
+    kept = (
+        truncate(
+            jnp.exp((jnp.asarray(logits, jnp.float32) - logits.max()) / temperature)[None],
+            top_k,
+            top_p,
+        )[0]
+        > 0
+    )
     np.testing.assert_array_equal(kept, expected > 0)
     assert not found[expected == 0].any()
     # Each token owns an interval of that length: the even grid meets it to within one point,
@@ -68,8 +75,11 @@ def test_random_uniforms_pass_a_chi_square():
     logits = jnp.array([1.0, 0.0, -1.0, 0.5, -0.5, 2.0])
     count = 50_000
     tokens, _ = jitted(
-        jnp.broadcast_to(logits, (count, 6)), jax.random.uniform(jax.random.key(3), (count,)),
-        temperature=1.0, top_k=0, top_p=1.0,
+        jnp.broadcast_to(logits, (count, 6)),
+        jax.random.uniform(jax.random.key(3), (count,)),
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
     )
     expected = count * distribution(np.asarray(logits, np.float64), 1.0, 0, 1.0)
     found = np.bincount(np.asarray(tokens), minlength=6)
@@ -201,8 +211,10 @@ def test_large_logits_stay_finite():
 
 def test_no_sort_of_the_vocabulary():
     """Sorting 152k logits per token is what makes a peer's top-p 2.6 times slower."""
-    text = str(jax.make_jaxpr(partial(draw, temperature=1.0, top_k=20, top_p=0.9))(
-        jnp.zeros((2, 300)), jnp.zeros(2)
-    ))
+    text = str(
+        jax.make_jaxpr(partial(draw, temperature=1.0, top_k=20, top_p=0.9))(
+            jnp.zeros((2, 300)), jnp.zeros(2)
+        )
+    )
     assert " sort[" not in text and " top_k[" not in text
     assert " sort[" in str(jax.make_jaxpr(jnp.sort)(jnp.zeros(3)))  # what one would look like

@@ -21,8 +21,14 @@ from flowrl_jax.types import PromptBatch, TrainBatch, TrainState
 def tiny_config(**changes: Any) -> TransformerConfig:
     """Two layers, grouped heads, an odd vocabulary; weights large enough for logits that differ."""
     fields: dict[str, Any] = {
-        "vocab_size": 17, "num_layers": 2, "embed_dim": 16, "num_heads": 4, "num_kv_heads": 2,
-        "head_dim": 4, "mlp_dim": 24, "init_std": 0.3,
+        "vocab_size": 17,
+        "num_layers": 2,
+        "embed_dim": 16,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 4,
+        "mlp_dim": 24,
+        "init_std": 0.3,
     }
     return TransformerConfig(**(fields | changes))
 
@@ -52,9 +58,7 @@ def tiny_params(config: TransformerConfig, seed: int = 0) -> Any:
 
 
 @partial(jax.jit, static_argnums=0)
-def full_logits(
-    config: TransformerConfig, params: Any, tokens: Any, mask: Any = None
-) -> Any:
+def full_logits(config: TransformerConfig, params: Any, tokens: Any, mask: Any = None) -> Any:
     """Logits `[B, T, V]` of the whole rows at once, without a cache."""
     return Transformer(config).apply({"params": params}, tokens, mask, method="logits")
 
@@ -67,9 +71,7 @@ def left_padded(lengths: list[int], width: int, vocab: int, seed: int = 0) -> tu
     return tokens, mask
 
 
-def prompt_batch(
-    lengths: list[int], group_size: int, width: int, vocab: int, seed: int = 0
-) -> Any:
+def prompt_batch(lengths: list[int], group_size: int, width: int, vocab: int, seed: int = 0) -> Any:
     """A `PromptBatch` of prompts of these lengths, each `group_size` times."""
     tokens, mask = left_padded(lengths, width, vocab, seed)
     count = len(lengths)
@@ -82,8 +84,14 @@ def prompt_batch(
 
 
 def train_batch(
-    config: TransformerConfig, rows: int, group_size: int, *, prompt: int = 5, response: int = 7,
-    temperature: float = 0.9, seed: int = 0,
+    config: TransformerConfig,
+    rows: int,
+    group_size: int,
+    *,
+    prompt: int = 5,
+    response: int = 7,
+    temperature: float = 0.9,
+    seed: int = 0,
 ) -> Any:
     """A `TrainBatch` of rows of uneven lengths, on the host.
 
@@ -135,9 +143,14 @@ def gradient_recorder() -> optax.GradientTransformation:
 
 
 def make_learner(
-    config: TransformerConfig, objective: Any, *, mesh: tuple[int, int, int] = (1, 1, 1),
-    optimizer: optax.GradientTransformation | None = None, micro_batch_size: int = 0,
-    group_size: int = 2, temperature: float = 0.9,
+    config: TransformerConfig,
+    objective: Any,
+    *,
+    mesh: tuple[int, int, int] = (1, 1, 1),
+    optimizer: optax.GradientTransformation | None = None,
+    micro_batch_size: int = 0,
+    group_size: int = 2,
+    temperature: float = 0.9,
 ) -> Learner:
     """A learner over the first devices that a (data, fsdp, tensor) mesh asks for."""
     devices = jax.devices()[: int(np.prod(mesh))]

@@ -89,6 +89,7 @@ def test_micro_batches_do_not_matter(name):
     cut = make_train_step(learner, 8)(make_state(learner), BATCH, KEY)
     assert_same(cut, whole_step(name))
 
+
 def textbook_loss(params, batch, objective):
     """Mean loss as the papers write it, from all logits at once."""
     mask = jnp.asarray(batch.response_mask)
@@ -194,6 +195,14 @@ def test_dropout_noise_changes_with_the_step_and_the_row(dropout_step):
         dropout_step(0, BATCH.replace(row_id=BATCH.row_id + 8)),
     ]
     assert len({float(x) for x in [dropout_step(0), *others]}) == 4
+    # Rows without an id are known by their place.
+    assert dropout_step(0, BATCH.replace(row_id=None)) == dropout_step(0)
+
+
+def test_a_table_needs_to_know_its_prompts():
+    learner, step = program("max table")
+    with pytest.raises(ValueError, match="prompt_id"):
+        step(make_state(learner), BATCH.replace(prompt_id=None), KEY)
 
 
 def test_table_moves_to_the_targets():
@@ -228,9 +237,7 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-2, log_z_learning_rate=5e-2, warmup
 def adam():
     """A learner that really moves, and its program."""
     optimizer = make_optimizer(OPTIMIZER, 10, 1, train_log_z=True)
-    learner = make_learner(
-        CONFIG, FlowRLConfig(beta=2.0, log_z=NO_DROPOUT), optimizer=optimizer
-    )
+    learner = make_learner(CONFIG, FlowRLConfig(beta=2.0, log_z=NO_DROPOUT), optimizer=optimizer)
     return learner, make_train_step(learner, 8)
 
 
@@ -318,7 +325,9 @@ def test_bfloat16_compute_keeps_float32_masters():
         OptimizerConfig(learning_rate=1e-6, warmup_steps=0), 10, 1, train_log_z=True
     )
     learner = make_learner(
-        config, FlowRLConfig(log_z=LogZConfig(kind="zero")), optimizer=optimizer,
+        config,
+        FlowRLConfig(log_z=LogZConfig(kind="zero")),
+        optimizer=optimizer,
         micro_batch_size=4,
     )
     before = make_state(learner).params

@@ -123,8 +123,9 @@ def test_causality_by_gradient_support():
 
     def outputs(vectors):
         """Hidden states, from the token vectors instead of tokens: those have gradients."""
-        swapped = params["embedding"] | {"tokens": jnp.concatenate([
-            params["embedding"]["tokens"], vectors])}
+        swapped = params["embedding"] | {
+            "tokens": jnp.concatenate([params["embedding"]["tokens"], vectors])
+        }
         config = dataclasses.replace(CONFIG, vocab_size=17 + length)
         own = 17 + jnp.arange(length)[None]
         return forward(config, params | {"embedding": swapped}, own)[0]
@@ -168,9 +169,7 @@ def test_rotary_theta_is_used():
     """A peer ignores it: its logits are the same for 1e4 and 5e6."""
     params = tiny_params(CONFIG)
     tokens = np.random.default_rng(0).integers(0, 17, (1, 12))
-    logits = [
-        full_logits(tiny_config(rope_theta=theta), params, tokens) for theta in (1e4, 5e6)
-    ]
+    logits = [full_logits(tiny_config(rope_theta=theta), params, tokens) for theta in (1e4, 5e6)]
     assert np.abs(logits[0] - logits[1]).max() > 1e-3
     np.testing.assert_allclose(logits[0][:, 0], logits[1][:, 0], **ROUNDING)  # position 0
 
@@ -220,8 +219,13 @@ def test_cached_decoding_is_the_full_forward(prefill):
             index = prefill + i
             seen = np.pad(whole_mask[:, : index + 1], ((0, 0), (0, size - index - 1)))
             hidden, caches = forward_cached(
-                weights, config, rows[:, [index]], positions[:, [index]],
-                jnp.asarray(seen)[:, None], caches, index,
+                weights,
+                config,
+                rows[:, [index]],
+                positions[:, [index]],
+                jnp.asarray(seen)[:, None],
+                caches,
+                index,
             )
             logits.append(unembed(weights, config, hidden[:, 0]))
         return jnp.stack(logits, 1)
@@ -285,8 +289,9 @@ def test_bfloat16_computes_from_float32_masters():
     # bfloat16 has 8 bits: 0.4 % per operation, through two layers.
     difference = np.abs(hidden.astype(jnp.float32) - exact)[mask]
     assert 0 < difference.max() < 0.1 * np.abs(exact).max()
-    grads = jax.jit(jax.grad(
-        lambda p: forward(low, p, tokens, mask).astype(jnp.float32).sum()))(params)
+    grads = jax.jit(jax.grad(lambda p: forward(low, p, tokens, mask).astype(jnp.float32).sum()))(
+        params
+    )
     assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype(jnp.float32)}
     logits = full_logits(low, params, tokens, mask)
     assert logits.dtype == jnp.float32
