@@ -11,7 +11,7 @@ import re
 import runpy
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +105,12 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]
     return words, overrides
 
 
-def load_config(argument: str, overrides: dict[str, str]) -> ml_collections.ConfigDict:
+def load_config(argument: str, overrides: Mapping[str, str]) -> ml_collections.ConfigDict:
     """Runs a config file and changes settings of it.
 
     Args:
-        argument: `FILE` or `FILE:ARGUMENT`; ARGUMENT is passed to the file's `get_config`.
+        argument: `FILE` or `FILE:ARGUMENT`; ARGUMENT is passed to the file's `get_config`. The file
+            may import its neighbours by the name of their folder, wherever the command is started.
         overrides: texts by name, e.g. {"loss.beta": "5"}; a text is read as the type of the value
             that it replaces.
 
@@ -119,32 +120,40 @@ def load_config(argument: str, overrides: dict[str, str]) -> ml_collections.Conf
     path, _, parameter = argument.partition(":")
     if not Path(path).is_file():
         raise InputError(f"--config={argument}: no file {path}; name one, such as those in configs")
+    root = str(Path(path).absolute().parent.parent)
+    sys.path.insert(0, root)
     try:
-        get_config = runpy.run_path(path).get("get_config")
+        config = _get_config(path, parameter)
+    except InputError:
+        raise
     except Exception as error:
+        if parameter and isinstance(error, KeyError) and error.args == (parameter,):
+            raise InputError(
+                f"--config={argument}: {path} does not know {parameter!r}; see the docstring of"
+                " its get_config()"
+            ) from error
         raise InputError(_config_fault(path, error)) from error
+    finally:
+        sys.path.remove(root)
+    config.unlock()  # for options that the file does not name
+    for name, text in overrides.items():
+        _override(config, name, text)
+    return config
+
+
+def _get_config(path: str, parameter: str) -> ml_collections.ConfigDict:
+    get_config = runpy.run_path(path).get("get_config")
     if not callable(get_config):
         raise InputError(f"config file {path} has no function get_config(): define it")
     if parameter and not inspect.signature(get_config).parameters:
-        raise InputError(f"--config={argument}: its get_config() takes no argument; leave it out")
-    try:
-        config = get_config(*([parameter] if parameter else []))
-    except KeyError as error:
-        if not parameter or error.args != (parameter,):
-            raise InputError(_config_fault(path, error)) from error
         raise InputError(
-            f"--config={argument}: {path} does not know {parameter!r}; see the docstring of its"
-            " get_config()"
-        ) from error
-    except Exception as error:
-        raise InputError(_config_fault(path, error)) from error
+            f"--config={path}:{parameter}: its get_config() takes no argument; leave it out"
+        )
+    config = get_config(*([parameter] if parameter else []))
     if not isinstance(config, ml_collections.ConfigDict):
         raise InputError(
             f"config file {path}: get_config() gives a {type(config).__name__}; return a ConfigDict"
         )
-    config.unlock()  # for options that the file does not name
-    for name, text in overrides.items():
-        _override(config, name, text)
     return config
 
 
@@ -211,8 +220,6 @@ def _parse_flags(values: flags.FlagValues, words: list[str]) -> None:
 
 def _config_fault(path: str, error: Exception) -> str:
     """What went wrong in a config file, and in which line of it."""
-    if isinstance(error, InputError):
-        return str(error)
     lines = [
         frame.lineno
         for frame in traceback.extract_tb(error.__traceback__)

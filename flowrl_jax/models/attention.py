@@ -50,9 +50,17 @@ def attend(
         return swap(out)
     kv_heads = key.shape[1]
     grouped = query.reshape(batch, kv_heads, (heads // kv_heads) * length, head_dim)
-    scores = jnp.einsum("bkth,bksh->bkts", grouped, key, preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, kv_heads, heads // kv_heads, length, -1) * head_dim**-0.5
-    scores = jnp.where(mask[:, None, None], scores, MASKED)
+    scale = head_dim**-0.5
+    if length == 1:
+        # Keys are the left factor here, which XLA's CPU backend need not transpose. Were the
+        # scores turned before they are masked, XLA would exchange the factors again.
+        scores = jnp.einsum("bksh,bkth->bkst", key, grouped, preferred_element_type=jnp.float32)
+        scores = jnp.where(jnp.swapaxes(mask, 1, 2)[:, None], scores * scale, MASKED)
+        scores = jnp.swapaxes(scores, 2, 3)
+    else:
+        scores = jnp.einsum("bkth,bksh->bkts", grouped, key, preferred_element_type=jnp.float32)
+        scores = scores.reshape(batch, kv_heads, heads // kv_heads, length, -1)
+        scores = jnp.where(mask[:, None, None], scores * scale, MASKED)
     probs = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     out = jnp.einsum(
         "bkts,bksh->bkth", probs.reshape(batch, kv_heads, -1, key.shape[2]), value

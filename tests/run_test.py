@@ -1,0 +1,187 @@
+"""Whole runs of the commands: what they write, what they compile, and that a kill loses nothing."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs import test_tiny
+from flowrl_jax import cli, sample
+from flowrl_jax.checkpoint import restore_host
+from flowrl_jax.config import Config, parse_config
+from flowrl_jax.evaluate import evaluate
+from flowrl_jax.metrics import read_metrics
+from flowrl_jax.sft import sft
+from flowrl_jax.train import train
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory) -> str:
+    return str(tmp_path_factory.mktemp("data"))
+
+
+def tiny(data_dir: str, preset: str = "flowrl", **sections) -> Config:
+    """The tiny config with changes, `tiny(data_dir, steps=3, rollout={"group_size": 2})`."""
+    config = test_tiny.get_config(preset)
+    config.data.data_dir = data_dir
+    for name, value in sections.items():
+        config[name].update(value) if isinstance(value, dict) else config.update({name: value})
+    return parse_config(config)
+
+
+def deterministic(workdir: Path) -> list[dict]:
+    lines = read_metrics(workdir / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
+
+
+@pytest.mark.parametrize(
+    "preset, loss",
+    [
+        ("flowrl", {}),
+        ("flowrl_release", {}),
+        ("flowrl", {"log_z": {"kind": "table"}}),
+        ("flowrl", {"log_z": {"kind": "group"}}),
+        ("grpo", {"kl_coef": 0.0}),
+    ],
+)
+def test_a_run_writes_its_metrics_and_compiles_nothing_late(data_dir, tmp_path, preset, loss):
+    config = tiny(data_dir, preset, steps=4, checkpoint={"every": 0}, eval={"every": 0})
+    values = dataclasses.asdict(config.loss)
+    for name, value in loss.items():
+        values[name] = values[name] | value if isinstance(value, dict) else value
+    config = dataclasses.replace(config, loss=_rebuild(config.loss, values))
+    train(config, tmp_path / "run")
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all(np.isfinite(line["train/loss"]) for line in lines)
+    # Old log-probabilities come from the trainer by default; the sampler's differ by rounding.
+    assert all(line["rollout/sampler_logprob_diff_max"] < 1e-4 for line in lines)
+    assert all(line["train/skipped_steps"] == 0 for line in lines)
+    assert lines[-1]["time/compilations"] == lines[1]["time/compilations"]
+    assert lines[-1]["data/position"] == 4 * config.rollout.prompts_per_step
+
+
+def _rebuild(loss, values):
+    if "log_z" in values:
+        values = values | {"log_z": type(loss.log_z)(**values["log_z"])}
+    return type(loss)(**values)
+
+
+def test_cutting_the_rollout_changes_nothing(data_dir, tmp_path):
+    quiet = {"steps": 2, "checkpoint": {"every": 0}, "eval": {"every": 0}}
+    whole = tiny(data_dir, **quiet)
+    size = whole.rollout.prompts_per_step // 2
+    train(whole, tmp_path / "whole")
+    train(tiny(data_dir, rollout={"prompts_per_batch": size}, **quiet), tmp_path / "cut")
+    one, two = deterministic(tmp_path / "whole"), deterministic(tmp_path / "cut")
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        # Another batch size may round logits otherwise: float32, sums of tens of terms.
+        np.testing.assert_allclose([a[k] for k in a], [b[k] for k in a], rtol=1e-4, atol=1e-5)
+
+
+def test_the_samplers_logprobs_can_be_the_old_ones(data_dir, tmp_path):
+    config = tiny(
+        data_dir,
+        steps=2,
+        rollout={"old_logprobs": "sampler"},
+        checkpoint={"every": 0},
+        eval={"every": 0},
+    )
+    train(config, tmp_path / "run")
+    for line in read_metrics(tmp_path / "run" / "metrics.jsonl"):
+        # At the first update the trainer's policy is the sampler's: float32 rounding remains.
+        assert line["train/old_logprob_diff_max"] < 1e-4
+
+
+def test_warm_up_then_train_evaluate_and_sample(data_dir, tmp_path, monkeypatch, capsys):
+    small = {"sft": {"steps": 3}, "steps": 2, "eval": {"every": 0}, "checkpoint": {"every": 0}}
+    config = tiny(data_dir, **small)
+    sft(config, tmp_path / "warmup")
+    model = dataclasses.replace(config.model, start_from=str(tmp_path / "warmup"))
+    config = dataclasses.replace(config, model=model)
+    train(config, tmp_path / "run")
+    assert restore_host(tmp_path / "run" / "checkpoints")[1] == 2
+    summary = evaluate(config, tmp_path / "run", tmp_path / "samples.jsonl")
+    assert {"pass_at_1", "effective_solutions", "mean_length", "kl_to_reference"} <= set(summary)
+    record = json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[0])
+    assert len(record["responses"]) == config.eval.samples
+    assert sample.main(["--help"]) == 0
+
+
+def start_run(workdir: Path, data_dir: str, *extra: str) -> subprocess.Popen:
+    command = [
+        sys.executable,
+        "-m",
+        "flowrl_jax.train",
+        "--config=configs/test_tiny.py",
+        f"--workdir={workdir}",
+        f"--config.data.data_dir={data_dir}",
+        "--config.steps=12",
+        "--config.checkpoint.every=2",
+        "--config.eval.every=6",
+        "--config.train.updates_per_rollout=2",
+        "--config.train.epochs=2",
+        *extra,
+    ]
+    environment = os.environ | {"XLA_FLAGS": ""}
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
+    deadline = time.monotonic() + 240
+    file = workdir / "metrics.jsonl"
+    while time.monotonic() < deadline and process.poll() is None:
+        if file.exists() and len(file.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached: {process.communicate()[1]}")
+
+
+def checkpoint_digests(workdir: Path) -> dict:
+    folder = sorted((workdir / "checkpoints").glob("[0-9]*"), key=lambda p: int(p.name))[-1]
+    record = json.loads((folder / "host" / "metadata").read_text())
+    return {path: leaf["digest"] for path, leaf in record["leaves"].items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kill_at, sent", [(3, signal.SIGKILL), (7, signal.SIGKILL), (5, signal.SIGTERM)]
+)
+def test_a_stopped_run_continues_as_if_it_had_not(tmp_path, data_dir, whole_run, kill_at, sent):
+    workdir = tmp_path / "stopped"
+    process = start_run(workdir, data_dir)
+    wait_for_step(process, workdir, kill_at)
+    process.send_signal(sent)
+    process.communicate(timeout=240)
+    assert process.returncode == (-9 if sent == signal.SIGKILL else cli.PREEMPTED)
+    again = start_run(workdir, data_dir, "--resume")
+    _, errors = again.communicate(timeout=240)
+    assert again.returncode == 0, errors
+    assert deterministic(workdir) == deterministic(whole_run)
+    assert checkpoint_digests(workdir) == checkpoint_digests(whole_run)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, data_dir) -> Path:
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    process = start_run(workdir, data_dir)
+    _, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, errors
+    return workdir
