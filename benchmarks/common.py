@@ -194,9 +194,7 @@ def measure(
                 child.repeat()
         for child in children:
             first, _, *samples = child.samples
-            median = {
-                name: statistics.median(sample[name] for sample in samples) for name in first
-            }
+            median = {name: statistics.median(sample[name] for sample in samples) for name in first}
             results[child.module] = {
                 **median,
                 "tokens_per_second": work.tokens(kind) / median["seconds"],
@@ -215,8 +213,7 @@ def compare(kind: str, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     ours = results.pop("ours")
     peers = {module.removesuffix("_peer"): result for module, result in results.items()}
     ratios = {
-        peer: {name: ours[name] / result[name] for name in RATIOS}
-        for peer, result in peers.items()
+        peer: {name: ours[name] / result[name] for name in RATIOS} for peer, result in peers.items()
     }
     return {"benchmark": kind, "ours": ours, "peers": peers, "ratios": ratios}
 

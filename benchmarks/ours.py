@@ -26,9 +26,15 @@ from flowrl_jax.types import PromptBatch, Rollout, TrainBatch, TrainState
 def make_learner(work: Work) -> Learner:
     """Model, objective and optimiser of the work, on all devices."""
     model = TransformerConfig(
-        vocab_size=work.vocab, num_layers=work.layers, embed_dim=work.width,
-        num_heads=work.heads, num_kv_heads=work.kv_heads, head_dim=work.head_dim,
-        mlp_dim=work.mlp, rope_theta=1e6, remat="dots",
+        vocab_size=work.vocab,
+        num_layers=work.layers,
+        embed_dim=work.width,
+        num_heads=work.heads,
+        num_kv_heads=work.kv_heads,
+        head_dim=work.head_dim,
+        mlp_dim=work.mlp,
+        rope_theta=1e6,
+        remat="dots",
     )
     optimizer = OptimizerConfig(
         learning_rate=work.learning_rate, warmup_steps=0, weight_decay=1e-4, clip_norm=0.0

@@ -52,9 +52,15 @@ class Numbers:
 def make_model(work: Work, seed: int) -> nnx.Module:
     """A policy with random weights."""
     config = qwen3.ModelConfig(
-        num_layers=work.layers, vocab_size=work.vocab, embed_dim=work.width,
-        hidden_dim=work.mlp, num_heads=work.heads, head_dim=work.head_dim,
-        num_kv_heads=work.kv_heads, rope_theta=1_000_000, norm_eps=1e-6,
+        num_layers=work.layers,
+        vocab_size=work.vocab,
+        embed_dim=work.width,
+        hidden_dim=work.mlp,
+        num_heads=work.heads,
+        head_dim=work.head_dim,
+        num_kv_heads=work.kv_heads,
+        rope_theta=1_000_000,
+        norm_eps=1e-6,
         use_tied_embedding=True,
     )
     model = qwen3.Qwen3(config, rngs=nnx.Rngs(params=seed))

@@ -1,4 +1,4 @@
-"""DeepSeek-R1-Distill-Qwen-7B on DeepCoder's problems with the hyper-parameters of the released FlowRL.
+"""DeepSeek-R1-Distill-Qwen-7B on DeepCoder's problems, hyper-parameters as released by FlowRL.
 
     python -m flowrl_jax.train --config=configs/code_7b.py --workdir=runs/code_7b \
         --config.model.path=/path/to/DeepSeek-R1-Distill-Qwen-7B

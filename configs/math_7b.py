@@ -10,7 +10,8 @@ published figures; `:flowrl_release` and `:flowrl_recipe` are theirs, `:flowrl` 
 for work of your own.
 
 Data: JSONL or parquet with a bare problem in `prompt` and its answer in `answer`. For prompts that
-carry the instruction already, as the released parquet file does, set --config.task.options.wrap=False.
+carry the instruction already, as the released parquet file does, set
+--config.task.options.wrap=False.
 
 Hardware: the paper used 8 H800 of 80 GB. Full fine-tuning at 2048 + 8192 tokens with float32 master
 weights and moments fits, with flash attention and by the TPU compiler's account, on 2 v5p, 8 v6e or

@@ -21,12 +21,18 @@ def get_config(preset: str = "flowrl") -> ml_collections.ConfigDict:
         builder="stories", options={"words": 2, "train": 1024, "test": 64, "seed": 0}
     )
     config.rollout.update(
-        prompts_per_step=32, group_size=8, max_prompt_length=24, max_response_length=48,
+        prompts_per_step=32,
+        group_size=8,
+        max_prompt_length=24,
+        max_response_length=48,
     )
     config.loss = preset_loss(preset)
     config.loss.beta = 3.0
     config.optimizer.update(
-        learning_rate=1e-3, log_z_learning_rate=1e-2, warmup_steps=2, weight_decay=0.0,
+        learning_rate=1e-3,
+        log_z_learning_rate=1e-2,
+        warmup_steps=2,
+        weight_decay=0.0,
         clip_jointly=False,
     )
     config.train.update(updates_per_rollout=2, logprob_chunk=48)

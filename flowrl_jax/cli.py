@@ -70,7 +70,7 @@ def run(
             return 0
         words, overrides = split_overrides(arguments)
         _parse_flags(values, words)
-        main(parse_config(load_config(values["config"].value, overrides)), values)
+        main(parse_config(load_config(str(values["config"].value or ""), overrides)), values)
         return 0
     except InputError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)

@@ -133,8 +133,7 @@ class RolloutConfig:
     old_logprobs: str = "trainer"
 
     def __post_init__(self):
-        for field in ("prompts_per_step", "group_size", "max_prompt_length",
-                      "max_response_length"):
+        for field in ("prompts_per_step", "group_size", "max_prompt_length", "max_response_length"):
             _require(
                 getattr(self, field) >= 1,
                 f"rollout.{field}={getattr(self, field)} must be at least 1",
@@ -285,9 +284,7 @@ class Config:
     metrics: MetricsConfig
 
     def __post_init__(self):
-        _require(
-            0 <= self.seed < 2**31, f"seed={self.seed}: give an integer from 0 to 2**31 - 1"
-        )
+        _require(0 <= self.seed < 2**31, f"seed={self.seed}: give an integer from 0 to 2**31 - 1")
         _require(self.steps >= 1, f"steps={self.steps} must be at least 1")
         _require(
             self.rollout.prompts_per_step % self.train.updates_per_rollout == 0,
@@ -375,7 +372,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if not isinstance(value, Mapping):
             raise InputError(f"{path}={value!r} is of type {type(value).__name__}: give dict")
         return dict(value)
-    accepted = typing.get_args(hint) or (hint,)
+    accepted: Any = typing.get_args(hint) or (hint,)
     if float in accepted and type(value) is int:
         value = float(value)
     if type(value) not in accepted:

@@ -51,13 +51,13 @@ class Evaluator:
         self._rows = source.rows(0, count)
         self._batch_size = parts.round_up_prompts(config.prompts_per_batch, config.samples)
         self._sampler = parts.sampler(
-            group_size=config.samples, temperature=config.temperature, top_k=config.top_k,
+            group_size=config.samples,
+            temperature=config.temperature,
+            top_k=config.top_k,
             top_p=config.top_p,
         )
         # A greedy policy has no log-probabilities of its own; temperature 1 stands in.
-        self._score = make_score(
-            scoring_learner(parts, temperature=config.temperature or 1.0)
-        )
+        self._score = make_score(scoring_learner(parts, temperature=config.temperature or 1.0))
 
     def records(
         self, policy: Any, reference: Any = None, progress: Progress | None = None
@@ -108,16 +108,18 @@ class Evaluator:
         for i, row in enumerate(rows):
             mine = slice(i * count, (i + 1) * count)
             forms = [parts.task.canonical(text, row) for text in texts[mine]]
-            records.append({
-                "prompt_id": row["prompt_id"],
-                "prompt": parts.task.prompt(row),
-                "responses": texts[mine],
-                "correct": [form is not None for form in forms],
-                "form": forms,
-                "length": lengths[mine].tolist(),
-                "truncated": truncated[mine].tolist(),
-                "kl": kl[mine].tolist(),
-            })
+            records.append(
+                {
+                    "prompt_id": row["prompt_id"],
+                    "prompt": parts.task.prompt(row),
+                    "responses": texts[mine],
+                    "correct": [form is not None for form in forms],
+                    "form": forms,
+                    "length": lengths[mine].tolist(),
+                    "truncated": truncated[mine].tolist(),
+                    "kl": kl[mine].tolist(),
+                }
+            )
         return records
 
 
@@ -153,7 +155,9 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     values = cli.config_flag_values("Evaluates a policy on held-out prompts.")
     flags.DEFINE_string(
-        "run", "", "folder of a run; empty: the policy training would start from",
+        "run",
+        "",
+        "folder of a run; empty: the policy training would start from",
         flag_values=values,
     )
     flags.DEFINE_string("out", "", "JSON-lines file for the judged samples", flag_values=values)

@@ -26,9 +26,7 @@ def _unchunk(x: jax.Array, length: int) -> jax.Array:
 
 
 def _logits(hidden: jax.Array, unembedding: jax.Array, temperature: float) -> jax.Array:
-    logits = jnp.einsum(
-        "btd,dv->btv", hidden, unembedding, preferred_element_type=jnp.float32
-    )
+    logits = jnp.einsum("btd,dv->btv", hidden, unembedding, preferred_element_type=jnp.float32)
     return logits / temperature
 
 

@@ -240,9 +240,9 @@ def main(arguments: list[str] | None = None) -> int:
             given = values[name].value
             sampling[name] = getattr(config.eval, name) if given is None else given
         sampling = {name: value for name, value in sampling.items() if value is not None}
-        prompts = read_prompts(values["prompts"].value)
+        prompts = read_prompts(str(values["prompts"].value))
         try:
-            write_samples(config, run, prompts, sampling, values["out"].value)
+            write_samples(config, str(run), prompts, sampling, str(values["out"].value))
         except BrokenPipeError:
             # Whoever read our output has seen enough; what is buffered has nowhere to go.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

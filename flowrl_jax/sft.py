@@ -6,6 +6,7 @@ objective, and a run folder that `model.start_from` can name.
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from flowrl_jax.train_step import init_state, make_train_step
 from flowrl_jax.types import TrainBatch
 
 
-def demonstration_arrays(parts: Parts, rows: list[Row], position: int) -> dict[str, np.ndarray]:
+def demonstration_arrays(parts: Parts, rows: Sequence[Row], position: int) -> dict[str, np.ndarray]:
     """Arrays of a `TrainBatch` that shows one demonstration per row.
 
     Args:
@@ -72,8 +73,12 @@ def demonstration_arrays(parts: Parts, rows: list[Row], position: int) -> dict[s
         response_mask[i, : len(shown)] = True
     zeros = np.zeros((count, length), np.float32)
     return {
-        "tokens": tokens, "prompt_mask": prompt_mask, "response_mask": response_mask,
-        "old_logprobs": zeros, "ref_logprobs": zeros, "reward": np.zeros(count, np.float32),
+        "tokens": tokens,
+        "prompt_mask": prompt_mask,
+        "response_mask": response_mask,
+        "old_logprobs": zeros,
+        "ref_logprobs": zeros,
+        "reward": np.zeros(count, np.float32),
         "prompt_id": np.array([row["prompt_id"] for row in rows], np.int32),
         "row_id": np.arange(count, dtype=np.int32),
     }
@@ -92,7 +97,11 @@ def sft(config: Config, workdir: str | Path) -> None:
     source = PromptSource(dataclasses.replace(config.data, seed=config.seed))
     check_prompts(parts, source, settings.steps * settings.batch_size)
     learner = make_learner(
-        parts, SFTConfig(), settings.optimizer, settings.batch_size, steps=settings.steps,
+        parts,
+        SFTConfig(),
+        settings.optimizer,
+        settings.batch_size,
+        steps=settings.steps,
         updates=1,
     )
     count = settings.batch_size // hosts
@@ -108,9 +117,7 @@ def sft(config: Config, workdir: str | Path) -> None:
     with (
         Checkpointer(workdir / CHECKPOINTS, CheckpointConfig(every=0, keep=1)) as checkpointer,
         Progress(settings.steps, f"{workdir.name} (fine-tuning)") as progress,
-        MetricWriter(
-            workdir, config=dataclasses.replace(config.metrics, table=False)
-        ) as writer,
+        MetricWriter(workdir, config=dataclasses.replace(config.metrics, table=False)) as writer,
     ):
         for step in range(1, settings.steps + 1):
             batch = TrainBatch(**parts.layout.put_batch(arrays_of(step)))

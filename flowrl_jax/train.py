@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ class Loop:
 
     def collect(
         self, params: Any, step: int, position: int
-    ) -> tuple[list[Row], Rollout, dict[str, float]]:
+    ) -> tuple[Sequence[Row], Rollout, dict[str, float]]:
         """Samples responses to the rows at `position`; returns rows, rollout and metrics."""
         config = self.parts.config.rollout
         hosts = jax.process_count()
@@ -89,7 +90,7 @@ class Loop:
         return rows, rollout, {"rollout/truncated_prompts": truncated}
 
     def learn(
-        self, state: TrainState, rollout: Rollout, rows: list[Row], key: jax.Array
+        self, state: TrainState, rollout: Rollout, rows: Sequence[Row], key: jax.Array
     ) -> tuple[TrainState, dict[str, float], dict[str, jax.Array]]:
         """Judges a rollout and takes the optimiser's steps on it."""
         config = self.parts.config
@@ -138,8 +139,12 @@ def build_loop(parts: Parts) -> Loop:
     """
     config, rollout = parts.config, parts.config.rollout
     learner = make_learner(
-        parts, config.loss, config.optimizer, config.rows_per_update,
-        steps=config.steps, updates=config.updates,
+        parts,
+        config.loss,
+        config.optimizer,
+        config.rows_per_update,
+        steps=config.steps,
+        updates=config.updates,
     )
     for name in ("prompts_per_step", "prompts_per_batch"):
         prompts, hosts = getattr(rollout, name), jax.process_count()
@@ -198,7 +203,14 @@ def train(config: Config, workdir: str | Path, *, resume: bool = False) -> dict[
             ) as writer,
         ):
             _run_steps(
-                loop, state, first, position, checkpointer, writer, progress, compilations,
+                loop,
+                state,
+                first,
+                position,
+                checkpointer,
+                writer,
+                progress,
+                compilations,
                 terminated,
             )
         return {"seconds": time.perf_counter() - started, "compilations": compilations.count}
@@ -224,8 +236,14 @@ def _start(loop: Loop, checkpointer: Checkpointer) -> tuple[TrainState, int, int
 
 
 def _run_steps(
-    loop: Loop, state: TrainState, first: int, position: int, checkpointer: Checkpointer,
-    writer: MetricWriter, progress: Progress, compilations: CompileCounter,
+    loop: Loop,
+    state: TrainState,
+    first: int,
+    position: int,
+    checkpointer: Checkpointer,
+    writer: MetricWriter,
+    progress: Progress,
+    compilations: CompileCounter,
     terminated: threading.Event,
 ) -> None:
     config, evaluator = loop.parts.config, loop.evaluator
@@ -299,7 +317,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not values["workdir"].value:
             raise InputError("--workdir is missing: name the folder of the run")
         configure_jax(values["compilation_cache"].value)
-        train(config, values["workdir"].value, resume=values["resume"].value)
+        train(config, values["workdir"].value, resume=bool(values["resume"].value))
 
     return cli.run(start, values, arguments)
 

@@ -96,7 +96,8 @@ def _log_z(learner: Learner, params, hidden, batch: TrainBatch, target, key) -> 
         return group_mean(target, learner.group_size)
     if config.kind == "table":
         return jax.lax.stop_gradient(params["value"][batch.prompt_id])
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch.row_id) if config.dropout else None
+    rows: Any = batch.row_id
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows) if config.dropout else None
     pooled = pool_prompt(hidden, batch.prompt_mask, config.pooling)
     log_z: Any = LogZHead(config).apply({"params": params}, pooled, keys)
     return log_z
@@ -211,7 +212,8 @@ def _gradients(learner: Learner, params: Any, batch: TrainBatch, key: jax.Array)
     metrics = {"loss": loss / weight, **metrics}
     if target is not None:
         target = target.reshape(-1)
-    return grads, metrics, (micro_batches.prompt_id.reshape(-1), target)
+    prompt_id: Any = micro_batches.prompt_id
+    return grads, metrics, (prompt_id.reshape(-1), target)
 
 
 def train_step(

@@ -142,7 +142,9 @@ def test_state_may_be_donated_right_after_save(tmp_path: Path, devices: int) -> 
     sharding = NamedSharding(mesh, PartitionSpec("fsdp"))
     make_params = lambda: jax.random.normal(jax.random.key(0), (8, 2**18))  # noqa: E731
     params = {"policy": {"kernel": jax.jit(make_params, out_shardings=sharding)()}, "log_z": {}}
-    step, skipped = jax.device_put((jnp.int32(1), jnp.int32(0)), NamedSharding(mesh, PartitionSpec()))
+    step, skipped = jax.device_put(
+        (jnp.int32(1), jnp.int32(0)), NamedSharding(mesh, PartitionSpec())
+    )
     state = TrainState(step, params, {"mu": jax.tree.map(jnp.copy, params)}, skipped)
     target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state

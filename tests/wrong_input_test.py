@@ -1,4 +1,4 @@
-"""Wrong input: one line that names value, rule and remedy, exit code 2, nothing compiled or lost."""
+"""Wrong input: one line with value, rule and remedy, exit code 2, nothing compiled or lost."""
 
 import shutil
 from pathlib import Path

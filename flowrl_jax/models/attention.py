@@ -62,7 +62,5 @@ def attend(
         scores = scores.reshape(batch, kv_heads, heads // kv_heads, length, -1)
         scores = jnp.where(mask[:, None, None], scores * scale, MASKED)
     probs = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    out = jnp.einsum(
-        "bkts,bksh->bkth", probs.reshape(batch, kv_heads, -1, key.shape[2]), value
-    )
+    out = jnp.einsum("bkts,bksh->bkth", probs.reshape(batch, kv_heads, -1, key.shape[2]), value)
     return out.reshape(batch, heads, length, head_dim)

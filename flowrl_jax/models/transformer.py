@@ -11,8 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flowrl_jax.models.attention import attend, causal_mask
 from flowrl_jax.masking import positions_from_mask
+from flowrl_jax.models.attention import attend, causal_mask
 from flowrl_jax.sharding import constrain
 
 Cache = tuple[jax.Array, jax.Array]
@@ -192,9 +192,7 @@ class Attention(nn.Module):
         width, head_dim = config.embed_dim, config.head_dim
 
         def project(name, heads, axis):
-            kernel = _param(
-                self, name, init, (width, heads, head_dim), ("embed", axis, "head_dim")
-            )
+            kernel = _param(self, name, init, (width, heads, head_dim), ("embed", axis, "head_dim"))
             out = matmul(x, kernel.reshape(width, -1)).reshape(*x.shape[:2], heads, head_dim)
             out = jnp.swapaxes(out, 1, 2)
             if config.qkv_bias:

@@ -98,9 +98,7 @@ def parse_steps(text: str, numbers: Sequence[int]) -> Form | None:
     return pool[0]
 
 
-def random_steps(
-    numbers: Sequence[int], rng: np.random.Generator, *, max_value: int = 100
-) -> str:
+def random_steps(numbers: Sequence[int], rng: np.random.Generator, *, max_value: int = 100) -> str:
     """Plays by the rules without aiming: steps that combine the numbers at random.
 
     Args:
