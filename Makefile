@@ -20,7 +20,7 @@ $(error ACCELERATOR=$(ACCELERATOR) is not known: use cpu, tpu or cuda)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-fast test-accelerator lint format types docs requirements clean
+.PHONY: help venv quickstart test test-fast test-accelerator lint format types docs requirements benchmark-peers clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,10 @@ requirements: $(RUNTIME) ## pin requirements.txt and requirements-test.txt anew 
 	  --upgrade --python-version 3.11 -o requirements.txt pyproject.toml
 	UV_CUSTOM_COMPILE_COMMAND="make requirements" $(RUN) -m uv pip compile -q --no-annotate \
 	  --upgrade --python-version 3.11 -c requirements.txt --extra test -o requirements-test.txt pyproject.toml
+
+benchmark-peers: ## the stack that benchmarks/ compares with, in .venv-peers
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install -q google-tunix==0.1.7
 
 clean: ## remove .venv and caches (runs/ stays)
 	rm -rf $(VENV) .pytest_cache .ruff_cache site
