@@ -39,15 +39,15 @@ def get_config() -> ml_collections.ConfigDict:
         "remat": "full",  # compute a block again in the backward pass: none, dots, full
         "attention": "xla",  # cudnn: flash attention on NVIDIA GPUs, with dtype bfloat16
         "vocab_size": 0,  # 0: the tokenizer's, rounded up to a multiple of 64
-        "num_layers": 4,
-        "embed_dim": 128,
-        "num_heads": 4,
+        "num_layers": 4,  # blocks
+        "embed_dim": 128,  # width of the residual stream
+        "num_heads": 4,  # query heads
         "num_kv_heads": 4,  # fewer than num_heads: grouped-query attention
-        "head_dim": 32,
-        "mlp_dim": 512,
-        "rope_theta": 10_000.0,
-        "norm_eps": 1e-6,
-        "tie_embeddings": True,
+        "head_dim": 32,  # even: rotary pairs
+        "mlp_dim": 512,  # of the SwiGLU
+        "rope_theta": 10_000.0,  # base of the rotary frequencies
+        "norm_eps": 1e-6,  # of RMSNorm
+        "tie_embeddings": True,  # the unembedding is the embedding transposed
         "qkv_bias": False,  # Qwen2 has it
         "init_std": 0.02,  # of the random initialisation
     }
@@ -65,7 +65,7 @@ def get_config() -> ml_collections.ConfigDict:
         "builder": "countdown",  # countdown, stories, or prompts (your own JSONL or parquet)
         "options": {},  # fields of the builder's own config
         "data_dir": "runs/data",  # prepared once, as array_record
-        "split": "train",
+        "split": "train",  # or a slice, train[:1000]
         "seed": 0,  # of the shuffle; entry points set it to config.seed
         "shuffle": True,  # each epoch in its own random order
     }
@@ -96,7 +96,7 @@ def get_config() -> ml_collections.ConfigDict:
     }
     config.eval = {
         "every": 0,  # rollout steps between evaluations during training; 0: never
-        "split": "test",
+        "split": "test",  # held out
         "prompts": 0,  # from the start of the split; 0: all
         "samples": 16,  # per prompt
         "k": 16,  # of pass@k and of distinct correct solutions in k samples
@@ -121,6 +121,6 @@ def get_config() -> ml_collections.ConfigDict:
         "tensorboard": True,  # event files in DIR/tensorboard
         "table": True,  # one line per step on stdout
         "wandb_project": None,  # Weights & Biases, with the extra flowrl_jax[wandb]
-        "wandb_name": None,
+        "wandb_name": None,  # of the run there
     }
     return config

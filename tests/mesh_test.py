@@ -1,5 +1,7 @@
 """Meshes of 8 virtual devices: where arrays live, and that no result depends on it."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -29,9 +31,11 @@ def name(shape):
     return "x".join(map(str, shape))
 
 
-def gradient(mesh, micro_batch_size=0):
+def gradient(mesh, micro_batch_size=0, config=MESH_CONFIG):
     """Gradient and metrics of one step over a mesh, on the host."""
-    learner = make_learner(MESH_CONFIG, OBJECTIVE, mesh=mesh, micro_batch_size=micro_batch_size)
+    learner = make_learner(config, OBJECTIVE, mesh=mesh, micro_batch_size=micro_batch_size)
+    layout = make_layout(learner.layout.mesh, {"kv_heads": config.num_kv_heads})
+    learner = dataclasses.replace(learner, layout=layout)
     batch = learner.layout.put_batch(BATCH)
     state, metrics = make_train_step(learner, 8)(make_state(learner), batch, KEY)
     return jax.device_get((state.opt_state, metrics))
@@ -45,10 +49,21 @@ def alone():
 @pytest.mark.parametrize("mesh", MESHES, ids=name)
 def test_loss_and_gradient_do_not_depend_on_the_mesh(mesh, alone):
     """In micro-batches as well: each takes rows of every shard."""
-    grads, metrics = gradient(mesh, micro_batch_size=8)
-    for key, value in alone[1].items():
+    assert_same(gradient(mesh, micro_batch_size=8), alone)
+
+
+@pytest.mark.slow
+def test_groups_of_heads_fewer_than_their_shards():
+    """Two key heads on four shards of the query heads: every shard holds them whole."""
+    config = dataclasses.replace(MESH_CONFIG, num_kv_heads=2)
+    assert_same(gradient((1, 2, 4), config=config), gradient((1, 1, 1), config=config))
+
+
+def assert_same(ours, other):
+    (grads, metrics), (expected_grads, expected_metrics) = ours, other
+    for key, value in expected_metrics.items():
         np.testing.assert_allclose(metrics[key], value, rtol=1e-5, atol=1e-5, err_msg=key)
-    paths = jax.tree_util.tree_leaves_with_path(alone[0])
+    paths = jax.tree_util.tree_leaves_with_path(expected_grads)
     for (path, expected), found in zip(paths, jax.tree.leaves(grads), strict=True):
         # To 1e-5 of the parameter's largest gradient: float32 sums in another order.
         np.testing.assert_allclose(
