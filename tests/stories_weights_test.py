@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from flowrl_jax.models.hf import check_vocabulary, load_policy, save_policy
+from flowrl_jax.models.hf import check_vocabulary, load_policy
+from flowrl_jax.models.hf_save import save_policy
 from flowrl_jax.models.transformer import Transformer
 from flowrl_jax.sampler import SamplerConfig, generate
 from flowrl_jax.sharding import MeshConfig, make_mesh
