@@ -258,7 +258,9 @@ def main(kind: str, description: str, arguments: Sequence[str] | None = None) ->
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--json", type=Path, help="file for the numbers")
-    parser.add_argument("--peer-python", default=str(PEER_PYTHON), help="interpreter with Tunix")
+    parser.add_argument(
+        "--peer-python", default=str(PEER_PYTHON), help="with Tunix; empty for none"
+    )
     parser.add_argument("--repeats", type=int, default=7, help="measured repetitions")
     for field in dataclasses.fields(Work):
         flag = f"--{field.name.replace('_', '-')}"
@@ -267,10 +269,12 @@ def main(kind: str, description: str, arguments: Sequence[str] | None = None) ->
     work = Work(**{field.name: values[field.name] for field in dataclasses.fields(Work)})
     if values["repeats"] < 1:
         parser.error(f"--repeats={values['repeats']} must be at least 1")
+    pythons = {"ours": sys.executable}
     peer = values["peer_python"]
-    if not Path(peer).exists() and peer != str(PEER_PYTHON):
+    if peer and Path(peer).exists():
+        pythons["tunix_peer"] = peer
+    elif peer not in ("", str(PEER_PYTHON)):
         parser.error(f"--peer-python={peer} does not exist: name an interpreter with Tunix")
-    pythons = {"ours": sys.executable} | ({"tunix_peer": peer} if Path(peer).exists() else {})
 
     report = compare(kind, measure(kind, work, pythons, values["repeats"]))
     report["work"] = dataclasses.asdict(work)

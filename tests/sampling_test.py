@@ -35,13 +35,13 @@ SETTINGS = [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.0, 5, 1.0), (1.0, 0, 0.8), (0.7, 12
 
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), SETTINGS)
-@pytest.mark.parametrize("vocab", [7, 128, 300])
+@pytest.mark.parametrize("vocab", [7, 300])
 def test_frequencies_and_logprobs(vocab, temperature, top_k, top_p):
-    """20,000 evenly spaced uniforms: counts are exact to one per token; so are log-probs."""
+    """5,000 evenly spaced uniforms: counts are exact to one per token; so are log-probs."""
     logits = np.random.default_rng(vocab).normal(0, 2, vocab)
     logits = logits.astype(np.float32).astype(np.float64)
     expected = distribution(logits, temperature, top_k, top_p)
-    count = 20_000
+    count = 5_000
     uniform = (jnp.arange(count) + 0.5) / count
     tokens, logprobs = jitted(
         jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, vocab)),
@@ -155,7 +155,7 @@ def test_temperature_zero_is_greedy(settings):
         np.testing.assert_allclose(logprobs, 0.0, atol=1e-6)
 
 
-@pytest.mark.parametrize("vocab", [5, 127, 128, 129, 1000])
+@pytest.mark.parametrize("vocab", [5, 128, 300])
 def test_extreme_uniforms_never_pick_a_token_without_weight(vocab):
     """Zeros at both ends of the row and of every block of it."""
     weights = np.random.default_rng(0).random(vocab).astype(np.float32)
