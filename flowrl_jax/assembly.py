@@ -203,12 +203,13 @@ def scoring_learner(parts: Parts, *, temperature: float = 1.0) -> Learner:
     return dataclasses.replace(learner, temperature=temperature)
 
 
-def load_run_policy(parts: Parts, run: str | os.PathLike[str]) -> Any:
-    """The latest policy of a run, placed on the mesh.
+def load_run_policy(parts: Parts, run: str | os.PathLike[str], step: int | None = None) -> Any:
+    """A policy of a run, placed on the mesh.
 
     Args:
         parts: built from the run's config.
         run: the run's folder; empty for the policy that training would start from.
+        step: which checkpoint; the latest if None.
 
     Raises:
         InputError: there is no such policy, or it is damaged or of another shape.
@@ -216,7 +217,7 @@ def load_run_policy(parts: Parts, run: str | os.PathLike[str]) -> Any:
     learner = scoring_learner(parts)
     if not run:
         return first_policy(parts, learner)
-    return restore_policy(Path(run) / CHECKPOINTS, _abstract_policy(learner))[0]
+    return restore_policy(Path(run) / CHECKPOINTS, _abstract_policy(learner), step)[0]
 
 
 def _abstract_policy(learner: Learner) -> Any:

@@ -9,12 +9,11 @@ files, so a checkpoint comes back bit for bit or is refused.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -26,45 +25,14 @@ from jax.sharding import SingleDeviceSharding
 
 from flowrl_jax.errors import InputError
 from flowrl_jax.integrity import check_files, digests, list_files
+from flowrl_jax.retention import CheckpointConfig, Retention
 from flowrl_jax.types import TrainState
 
 # The parts of a checkpoint, and the file that Orbax writes a JSON part to.
 STATE, HOST, HOST_FILE = "state", "host", "metadata"
-POLICY = "params/policy/"
+POLICY, LOG_Z = "params/policy/", "params/log_z/"
 
 Path = str | os.PathLike[str]
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-    """When checkpoints are written and which of them stay.
-
-    Attributes:
-        every: rollout steps between checkpoints; 0 writes only the final one.
-        keep: latest checkpoints that stay.
-        keep_best: checkpoints of highest `best_metric` that stay as well.
-        best_metric: name of a metric, e.g. "eval/pass_at_1"; higher is better. Checkpoints whose
-            metrics lack it are not among the best.
-        asynchronous: whether training goes on while files are written.
-    """
-
-    every: int = 50
-    keep: int = 2
-    keep_best: int = 0
-    best_metric: str = ""
-    asynchronous: bool = True
-
-    def __post_init__(self) -> None:
-        if self.every < 0 or self.keep < 1 or self.keep_best < 0:
-            raise InputError(
-                f"checkpoint.every={self.every} and checkpoint.keep_best={self.keep_best} must not"
-                f" be negative and checkpoint.keep={self.keep} must be at least 1"
-            )
-        if self.keep_best and not self.best_metric:
-            raise InputError(
-                f"checkpoint.keep_best={self.keep_best} needs to know which metric is meant: set"
-                " checkpoint.best_metric, e.g. 'eval/pass_at_1'"
-            )
 
 
 class Checkpointer:
@@ -94,7 +62,7 @@ class Checkpointer:
         options = ocp.CheckpointManagerOptions(
             enable_async_checkpointing=config.asynchronous,
             cleanup_tmp_directories=True,
-            preservation_policy=_Retention(config.keep, config.keep_best, self._scores),
+            preservation_policy=Retention(config.keep, config.keep_best, self._scores),
         )
         handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
         handlers.add(STATE, ocp.args.PyTreeSave, _StateHandler)
@@ -253,6 +221,32 @@ def restore_policy(
     return _read_arrays(root, step, leaves, abstract_policy, POLICY), step
 
 
+def restore_log_z(directory: Path, step: int | None = None) -> tuple[Any, int]:
+    """Reads only the parameters of a run's log Z, as they were saved, into one device.
+
+    Args:
+        directory: that the run's `Checkpointer` writes to.
+        step: which checkpoint; the latest if None.
+
+    Returns:
+        Nested dictionaries of arrays, empty where the run learned no log Z; and the step.
+
+    Raises:
+        InputError: as `Checkpointer.restore`.
+    """
+    root = epath.Path(directory).resolve()
+    step = _choose_step(root, step)
+    leaves = _read_record(root, step)["leaves"]
+    leaves = {path: leaf for path, leaf in leaves.items() if path.startswith(LOG_Z)}
+    if not leaves:
+        return {}, step
+    shapes = {
+        path.removeprefix(LOG_Z): jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"])
+        for path, leaf in leaves.items()
+    }
+    return _read_arrays(root, step, leaves, _nest(shapes), LOG_Z), step
+
+
 def restore_host(directory: Path, step: int | None = None) -> tuple[dict[str, Any], int]:
     """Reads only the host's dictionary, e.g. to rebuild the model before its parameters are read.
 
@@ -289,24 +283,6 @@ class _StateHandler(ocp.PyTreeCheckpointHandler):
     def finalize(self, directory: epath.Path) -> None:
         super().finalize(directory)
         list_files(directory)
-
-
-class _Retention:
-    """Orbax's question which checkpoints stay, answered: the latest and the best."""
-
-    def __init__(self, keep: int, keep_best: int, scores: Mapping[int, float]) -> None:
-        self._keep = keep
-        self._keep_best = keep_best
-        self._scores = scores
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        del context
-        steps = sorted(checkpoint.step for checkpoint in checkpoints)
-        scored = [step for step in steps if step in self._scores]
-        # Of equals the later is better.
-        scored.sort(key=lambda step: (self._scores[step], step), reverse=True)
-        kept = {*steps[-self._keep :], *scored[: self._keep_best]}
-        return [checkpoint.step in kept for checkpoint in checkpoints]
 
 
 def _saved_scores(directory: epath.Path, metric: str) -> dict[int, float]:

@@ -55,6 +55,8 @@ def run(
     main: Callable[[Config, flags.FlagValues], None],
     values: flags.FlagValues,
     arguments: Sequence[str] | None = None,
+    *,
+    own_settings: Callable[[flags.FlagValues], Mapping[str, Any]] | None = None,
 ) -> int:
     """Parses a command line, runs `main` and returns the exit code.
 
@@ -62,6 +64,7 @@ def run(
         main: takes the config and the flags.
         values: from `config_flag_values`, with the command's own flags added.
         arguments: the words after the command; those of this process by default.
+        own_settings: gives the settings where --config is absent; without it --config is needed.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -70,7 +73,13 @@ def run(
             return 0
         words, overrides = split_overrides(arguments)
         _parse_flags(values, words)
-        main(parse_config(load_config(str(values["config"].value or ""), overrides)), values)
+        file = values["config"].value
+        if file or own_settings is None:
+            config = load_config(_present(file), overrides)
+        else:
+            config = ml_collections.ConfigDict(own_settings(values))
+            override(config, overrides)
+        main(parse_config(config), values)
         return 0
     except InputError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
@@ -135,10 +144,23 @@ def load_config(argument: str, overrides: Mapping[str, str]) -> ml_collections.C
         raise InputError(_config_fault(path, error)) from error
     finally:
         sys.path.remove(root)
-    config.unlock()  # for options that the file does not name
+    override(config, overrides)
+    return config
+
+
+def override(config: ml_collections.ConfigDict, overrides: Mapping[str, str]) -> None:
+    """Changes settings.
+
+    Args:
+        config: is changed.
+        overrides: texts by name, as for `load_config`.
+
+    Raises:
+        InputError: a name is unknown or a text is not of its type.
+    """
+    config.unlock()  # for options that are not named yet
     for name, text in overrides.items():
         _override(config, name, text)
-    return config
 
 
 def _get_config(path: str, parameter: str) -> ml_collections.ConfigDict:
@@ -214,8 +236,12 @@ def _parse_flags(values: flags.FlagValues, words: list[str]) -> None:
         raise InputError(_one_line(error)) from error
     if len(rest) > 1:
         raise InputError(f"argument {rest[1]!r} is not a flag: flags start with --")
-    if not values["config"].value:
+
+
+def _present(file: str | None) -> str:
+    if not file:
         raise InputError("--config is missing: name a config file, e.g. configs/quickstart.py")
+    return file
 
 
 def _config_fault(path: str, error: Exception) -> str:

@@ -34,6 +34,7 @@ from flowrl_jax.objectives.sft import SFTConfig
 from flowrl_jax.progress import Progress
 from flowrl_jax.rollouts import check_prompts, encode_prompt, fit_prompt
 from flowrl_jax.sampler import rollout_key
+from flowrl_jax.settings import save_settings
 from flowrl_jax.tasks import Row
 from flowrl_jax.train_step import init_state, make_train_step
 from flowrl_jax.types import TrainBatch
@@ -111,6 +112,7 @@ def sft(config: Config, workdir: str | Path) -> None:
         return demonstration_arrays(parts, source.rows(position, count), position)
 
     arrays_of(1)  # raises before anything compiles if demonstrations are too long
+    save_settings(workdir, config)
     key = rollout_key(config.seed, INIT_STREAM)
     state: Any = init_state(learner, 1, key, first_policy(parts, learner))
     step_program = make_train_step(learner, 1)

@@ -5,7 +5,6 @@ that order.
 """
 
 import dataclasses
-import json
 import signal
 import sys
 import threading
@@ -41,6 +40,7 @@ from flowrl_jax.objectives import objective_of
 from flowrl_jax.progress import Progress
 from flowrl_jax.rollouts import check_prompts, encode_rows, grade, responses, sample
 from flowrl_jax.sampler import SamplerConfig, rollout_key
+from flowrl_jax.settings import save_settings
 from flowrl_jax.sharding import local_rows
 from flowrl_jax.tasks import Row
 from flowrl_jax.train_step import (
@@ -191,7 +191,7 @@ def train(config: Config, workdir: str | Path, *, resume: bool = False) -> dict[
         Checkpointer(workdir / CHECKPOINTS, config.checkpoint) as checkpointer,
     ):
         state, first, position = _start(loop, checkpointer)
-        _save_settings(workdir, config)
+        save_settings(workdir, config)
         with (
             Progress(config.steps, workdir.name, initial=first) as progress,
             MetricWriter(
@@ -280,13 +280,6 @@ def _run_steps(
             save(step, state, {"position": position}, evaluation)
         if terminated.is_set() and step < config.steps:
             raise cli.Preempted(f"saved step {step}; start again with --resume")
-
-
-def _save_settings(workdir: Path, config: Config) -> None:
-    """Keeps the settings beside the results, for people and for reports."""
-    if jax.process_index() == 0:
-        text = json.dumps(dataclasses.asdict(config), indent=2, default=str)
-        (workdir / "config.json").write_text(text + "\n")
 
 
 class _termination:

@@ -20,11 +20,11 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for names in (
         "types masking errors",
         "objectives logprobs",
-        "models sharding",
+        "models sharding new_folder",
         "sampler train_step optimizer learning_batch",
         "datasets tasks rewards tokenizers checkpoint integrity evaluation graded metrics"
-        " metric_sinks progress report",
-        "config cli assembly rollouts",
+        " metric_sinks progress report retention",
+        "config cli assembly rollouts settings",
         "train evaluate sample sft convert plan certify quickstart",
     )
 )

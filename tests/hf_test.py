@@ -16,9 +16,9 @@ import pytest
 from jax.sharding import PartitionSpec
 from safetensors.numpy import load_file, save_file
 
+from flowrl_jax import new_folder
 from flowrl_jax.errors import InputError
 from flowrl_jax.logprobs import token_logprobs
-from flowrl_jax.models import hf_save
 from flowrl_jax.models.hf import check_vocabulary, load_policy
 from flowrl_jax.models.hf_names import leaves
 from flowrl_jax.models.hf_save import save_policy
@@ -337,7 +337,7 @@ def test_interrupted_save_leaves_nothing(tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(hf_save.os, "rename", stop)
+    monkeypatch.setattr(new_folder.os, "rename", stop)
     with pytest.raises(KeyboardInterrupt):
         save_policy(tmp_path / "a", TINY, random_params(TINY))
     assert list(tmp_path.iterdir()) == []

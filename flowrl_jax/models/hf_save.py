@@ -1,10 +1,15 @@
-"""Policies into Hugging Face checkpoint folders (config.json and safetensors)."""
+"""Policies into Hugging Face checkpoint folders (config.json and safetensors).
 
+Tensors come to the host one at a time, in every process of a run, and the first process writes
+them. Neither torch nor transformers takes part.
+"""
+
+import dataclasses
+import functools
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +17,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 import safetensors.numpy
+from jax.sharding import NamedSharding, PartitionSpec
 
 from flowrl_jax.errors import InputError
-from flowrl_jax.models.hf_config import write_config
+from flowrl_jax.models.hf_config import read_json, write_config
 from flowrl_jax.models.hf_files import INDEX, SINGLE
-from flowrl_jax.models.hf_names import leaves
+from flowrl_jax.models.hf_names import Leaf, leaves
 from flowrl_jax.models.transformer import TransformerConfig
+from flowrl_jax.new_folder import in_first_process, new_folder
 
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
+DTYPES = ("float32", "bfloat16", "float16")
+SHARD_BYTES = 5 * 2**30
 _TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer.json",
@@ -29,87 +41,180 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
-    "generation_config.json",
+    GENERATION_FILE,
 )
-
-
-def _at(tree: Any, path: tuple[str, ...]) -> Any:
-    for key in path:
-        tree = tree[key]
-    return tree
+# Entries of config.json about the files themselves, which export writes anew.
+_ABOUT_FILES = frozenset({"_name_or_path", "dtype", "torch_dtype", "transformers_version"})
 
 
 def save_policy(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str], config: TransformerConfig, params: Any, **options: Any
+) -> None:
+    """Makes a checkpoint folder that transformers loads and that gives the same logits.
+
+    The folder appears whole or not at all.
+
+    Args:
+        path: the folder to make; one that holds something is never touched.
+        config: the decoder.
+        params: its parameters, see `write_policy`.
+        **options: further arguments of `write_policy`.
+
+    Raises:
+        InputError: the folder exists or cannot be written, or as `write_policy` says.
+    """
+    with new_folder(path) as folder:
+        write_policy(folder, config, params, **options)
+
+
+def write_policy(
+    folder: Path,
     config: TransformerConfig,
     params: Any,
     *,
     tokenizer_path: str | os.PathLike[str] | None = None,
     fields: Mapping[str, Any] | None = None,
-    shard_bytes: int = 5 * 2**30,
+    generation: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    on_tensor: Callable[[], object] = lambda: None,
 ) -> None:
-    """Writes a checkpoint folder that transformers loads and that gives the same logits.
-
-    The folder appears whole or not at all. Tensors keep the dtype of their leaf, so that loading
-    them in that dtype gives every bit back.
+    """Writes the files of a checkpoint; every process of the run takes part.
 
     Args:
-        path: the folder to make; one that holds something is never touched.
-        config: the decoder.
-        params: its parameters, boxed or not; every array must be addressable from this process.
+        folder: to write into; see `new_folder`.
+        config: the decoder. Rows of the embedding beyond its `vocab_size` are not written.
+        params: its parameters, boxed or not, wherever they live.
         tokenizer_path: a tokenizer's file (.model or .json), or a folder whose tokenizer files
             and generation_config.json are copied.
         fields: further entries of config.json, such as `eos_token_id` and
             `max_position_embeddings`, which the decoder itself does not know.
+        generation: entries of generation_config.json, which is then not copied.
+        dtype: one of `DTYPES`, to which tensors are rounded. By default they keep the dtype of
+            their leaf, so that loading them in that dtype gives every bit back.
         shard_bytes: size at which a file ends and the next one begins.
+        on_tensor: called for each of the `count_tensors` tensors.
 
     Raises:
-        InputError: the folder exists, the parameters do not belong to the config, the tokenizer
-            is missing, or `fields` names what the decoder determines.
+        InputError: the parameters do not belong to the config or are not finite in the dtype, the
+            dtype is unknown, the tokenizer is missing, or `fields` names what the decoder
+            determines.
+        OSError: a file cannot be written.
     """
-    target = Path(os.path.abspath(path))
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise InputError(f"{target}: exists already; give a folder that is new or empty")
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r}: not known; give one of {', '.join(DTYPES)}")
     tokenizer_files = _tokenizer_files(tokenizer_path)
-    params = nn.meta.unbox(params)
-    _check_params(config, params)
-    embedding = _at(params, ("embedding", "tokens"))
-    entries = write_config(config, np.dtype(embedding.dtype).name, fields)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    except OSError as error:
-        raise InputError(
-            f"{target}: cannot be made ({error.strerror}); give a folder that can be written"
-        ) from error
-    try:
-        _write_tensors(temporary, config, params, shard_bytes)
-        _write_json(temporary / "config.json", entries)
+    arrays = _check_params(config, nn.meta.unbox(params))
+    kept = np.dtype(arrays["embedding", "tokens"].dtype)
+    entries = write_config(config, dtype or kept.name, fields)
+    _write_tensors(folder, config, arrays, dtype, shard_bytes, on_tensor)
+
+    def write_small_files() -> None:
         for name, source in tokenizer_files.items():
-            shutil.copyfile(source, temporary / name)
-        _settle(temporary)
-        os.rename(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+            shutil.copyfile(source, folder / name)
+        if generation is not None:
+            write_json(folder / GENERATION_FILE, generation)
+        write_json(folder / CONFIG_FILE, entries)
+
+    in_first_process(write_small_files)
 
 
-def _check_params(config: TransformerConfig, params: Any) -> None:
-    """Checks that the parameters are those of the config."""
-    expected = {
-        leaf.path: (config.num_layers, *leaf.shape) if leaf.stacked else leaf.shape
-        for leaf in leaves(config)
+def count_tensors(config: TransformerConfig) -> int:
+    """Number of tensors in a decoder's checkpoint."""
+    return sum(1 for _ in _places(config))
+
+
+def carried_fields(folder: Path, config: TransformerConfig) -> dict[str, Any]:
+    """Entries of a checkpoint's config.json that its decoder does not determine.
+
+    Args:
+        folder: of the checkpoint.
+        config: read from it.
+
+    Returns:
+        Ids of special tokens, lengths and the like, for `write_policy` to write again.
+
+    Raises:
+        InputError: config.json is missing or no JSON.
+    """
+
+    def determined(name: str, value: Any) -> bool:
+        try:
+            write_config(config, DTYPES[0], {name: value})
+        except InputError:
+            return True
+        return False
+
+    entries = read_json(folder / CONFIG_FILE)
+    return {
+        name: value
+        for name, value in entries.items()
+        if name not in _ABOUT_FILES and not determined(name, value)
     }
-    flat = {
-        tuple(str(getattr(key, "key", key)) for key in path): jnp.shape(value)
+
+
+def write_tensors_file(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes one safetensors file.
+
+    Args:
+        file: to write.
+        tensors: by name, contiguous.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        # transformers refuses files that do not say which framework's layout they have.
+        safetensors.numpy.save_file(dict(tensors), file, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
+        raise OSError(str(error)) from error
+    file.chmod(0o644)  # safetensors makes files for their owner alone
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Writes a JSON file.
+
+    Args:
+        file: to write.
+        value: plain Python values.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _check_params(config: TransformerConfig, params: Any) -> dict[tuple[str, ...], Any]:
+    """The parameters by path, once they prove to be those of the config."""
+    arrays = {
+        tuple(str(getattr(key, "key", key)) for key in path): value
         for path, value in jax.tree_util.tree_flatten_with_path(params)[0]
     }
-    for key in sorted(expected.keys() | flat.keys()):
-        if expected.get(key) != flat.get(key):
+    expected = {leaf.path: _held_shape(config, leaf) for leaf in leaves(config)}
+    for key in sorted(expected.keys() | arrays.keys()):
+        found = jnp.shape(arrays[key]) if key in arrays else None
+        if expected.get(key) != found:
             raise InputError(
-                f"parameter {'/'.join(key)}: has shape {flat.get(key)} where the model's config"
+                f"parameter {'/'.join(key)}: has shape {found} where the model's config"
                 f" asks for {expected.get(key)}; give the config that belongs to the parameters"
             )
+    return arrays
+
+
+def _held_shape(config: TransformerConfig, leaf: Leaf) -> tuple[int, ...]:
+    """Shape of a leaf in memory, with the rows that fill the vocabulary up."""
+    if leaf.stacked:
+        return (config.num_layers, *leaf.shape)
+    if not _has_vocabulary(leaf):
+        return leaf.shape
+    rows = getattr(config, "vocab_rows", config.vocab_size)
+    axis = leaf.groups[0][0]
+    return (*leaf.shape[:axis], rows, *leaf.shape[axis + 1 :])
+
+
+def _has_vocabulary(leaf: Leaf) -> bool:
+    """Whether the first axis of a leaf's tensor are the ids."""
+    return leaf.path[0] == "embedding"
 
 
 def _tokenizer_files(path: str | os.PathLike[str] | None) -> dict[str, Path]:
@@ -128,56 +233,96 @@ def _tokenizer_files(path: str | os.PathLike[str] | None) -> dict[str, Path]:
     return found
 
 
-def _tensors(config: TransformerConfig, params: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and values of all tensors; one leaf at a time comes to the host."""
+def _places(config: TransformerConfig) -> Iterator[tuple[Leaf, int]]:
+    """Leaf and layer of every tensor, in the order in which they are written."""
     for leaf in leaves(config):
-        value = np.asarray(_at(params, leaf.path))
         for layer in range(config.num_layers if leaf.stacked else 1):
-            yield leaf.name(layer), leaf.write(value[layer] if leaf.stacked else value)
+            yield leaf, layer
 
 
-def _plan_files(config: TransformerConfig, params: Any, shard_bytes: int) -> list[list[str]]:
-    """Names of the tensors of each file, in the order of `_tensors`."""
-    files: list[list[str]] = [[]]
+def _plan_files(
+    config: TransformerConfig, arrays: Mapping[Any, Any], dtype: str | None, shard_bytes: int
+) -> list[list[tuple[Leaf, int]]]:
+    """The tensors of each file."""
+    files: list[list[tuple[Leaf, int]]] = [[]]
     size = 0
-    for leaf in leaves(config):
-        count = config.num_layers if leaf.stacked else 1
-        nbytes = int(np.prod(leaf.shape)) * _at(params, leaf.path).dtype.itemsize
-        for layer in range(count):
-            if files[-1] and size + nbytes > shard_bytes:
-                files.append([])
-                size = 0
-            files[-1].append(leaf.name(layer))
-            size += nbytes
+    for leaf, layer in _places(config):
+        itemsize = np.dtype(dtype or arrays[leaf.path].dtype).itemsize
+        nbytes = int(np.prod(leaf.shape)) * itemsize
+        if files[-1] and size + nbytes > shard_bytes:
+            files.append([])
+            size = 0
+        files[-1].append((leaf, layer))
+        size += nbytes
     return files
 
 
-def _write_tensors(folder: Path, config: TransformerConfig, params: Any, shard_bytes: int) -> None:
+def _write_tensors(
+    folder: Path,
+    config: TransformerConfig,
+    arrays: Mapping[Any, Any],
+    dtype: str | None,
+    shard_bytes: int,
+    on_tensor: Callable[[], object],
+) -> None:
     """Writes one file, or several and their index."""
-    tensors = _tensors(config, params)
-    files = _plan_files(config, params, shard_bytes)
+    files = _plan_files(config, arrays, dtype, shard_bytes)
     place: dict[str, str] = {}
     total = 0
-    for number, names in enumerate(files, start=1):
+    held: dict[str, np.ndarray] = {}
+
+    def hold(leaf: Leaf, layer: int, part: jax.Array) -> None:
+        tensor = _tensor(config, leaf, np.asarray(part))
+        held[leaf.name(layer)] = _cast(leaf.name(layer), tensor, dtype)
+
+    for number, tensors in enumerate(files, start=1):
         name = SINGLE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
-        held = dict(next(tensors) for _ in names)
-        # transformers refuses files that do not say which framework's layout they have.
-        safetensors.numpy.save_file(held, folder / name, metadata={"format": "pt"})
+        for leaf, layer in tensors:
+            part = _part(arrays[leaf.path], layer if leaf.stacked else None)
+            # Each failure is heard of everywhere before the next tensor, or others would wait.
+            in_first_process(functools.partial(hold, leaf, layer, part))
+            on_tensor()
+        in_first_process(functools.partial(write_tensors_file, folder / name, held))
         place |= dict.fromkeys(held, name)
         total += sum(tensor.nbytes for tensor in held.values())
+        held.clear()
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(place.items()))}
-        _write_json(folder / INDEX, index)
+        in_first_process(lambda: write_json(folder / INDEX, index))
 
 
-def _write_json(file: Path, value: Any) -> None:
-    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def _part(value: Any, layer: int | None) -> Any:
+    """One layer of a stacked leaf, or a whole leaf, as an array that this process can read."""
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        replicated = NamedSharding(value.sharding.mesh, PartitionSpec())  # type: ignore[attr-defined]
+        return _gathered(value, layer, replicated)
+    return value if layer is None else value[layer]
 
 
-def _settle(folder: Path) -> None:
-    """Gives the files ordinary rights and has them on the disk before the folder gets its name."""
-    folder.chmod(0o755)  # tempfile and safetensors make theirs for the owner alone
-    for file in folder.iterdir():
-        file.chmod(0o644)
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
+@functools.partial(jax.jit, static_argnames="sharding")
+def _gathered(value: jax.Array, layer: int | None, sharding: NamedSharding) -> jax.Array:
+    part = value if layer is None else jax.lax.dynamic_index_in_dim(value, layer, keepdims=False)
+    return jax.lax.with_sharding_constraint(part, sharding)
+
+
+def _tensor(config: TransformerConfig, leaf: Leaf, part: np.ndarray) -> np.ndarray:
+    """The tensor of one layer from that layer's part of the leaf."""
+    tensor = dataclasses.replace(leaf, shape=part.shape).write(part)
+    return tensor[: config.vocab_size] if _has_vocabulary(leaf) else tensor
+
+
+def _cast(name: str, tensor: np.ndarray, dtype: str | None) -> np.ndarray:
+    if not np.isfinite(tensor).all():
+        raise InputError(
+            f"tensor {name}: holds numbers that are not finite; the run has diverged, export an"
+            " earlier step"
+        )
+    with np.errstate(over="ignore"):
+        cast = tensor if dtype is None else tensor.astype(dtype)
+    if not np.isfinite(cast).all():
+        largest = np.abs(tensor.astype(np.float32)).max()
+        raise InputError(
+            f"tensor {name}: holds {largest:.4g}, too large for {dtype}; export in bfloat16 or"
+            " float32"
+        )
+    return cast
