@@ -52,10 +52,14 @@ def get_config() -> ml_collections.ConfigDict:
         "init_std": 0.02,  # of the random initialisation
     }
     config.tokenizer = {
-        "path": "",  # sentencepiece .model or folder; empty: model.path, else made for Countdown
+        "path": "",  # folder, tokenizer.json or .model; empty: model.path, else made for Countdown
         "max_number": 100,  # numbers up to this are one token of the Countdown vocabulary
         "eos_ids": (),  # empty: what generation_config.json or the tokenizer says
-        "add_bos": False,  # Llama 2 style models want it
+        "add_bos": False,  # Llama 2 style models want it; never doubles a chat template's
+        "chat": False,  # prompts become the user's message, rendered by the chat template
+        "system_prompt": "",  # of the conversation; empty: what the template itself adds, if any
+        "chat_template": "",  # file of another template; empty: the tokenizer's own
+        "chat_options": {},  # what the template knows by name, e.g. enable_thinking
     }
     config.task = {
         "name": "countdown",  # countdown or stories

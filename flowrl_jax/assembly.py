@@ -1,7 +1,6 @@
 """From a config to the parts of a run: tokenizer, task, model, mesh, learner, first policy."""
 
 import dataclasses
-import json
 import math
 import os
 import shutil
@@ -23,7 +22,14 @@ from flowrl_jax.sampler import SamplerConfig, rollout_key
 from flowrl_jax.sharding import Layout, make_layout, make_mesh
 from flowrl_jax.tasks import Task, build
 from flowrl_jax.tasks.countdown import symbols
-from flowrl_jax.tokenizers import Tokenizer, load_tokenizer, train_symbol_tokenizer
+from flowrl_jax.tokenizers import (
+    ChatTemplate,
+    Tokenizer,
+    generation_eos,
+    load_chat_template,
+    load_tokenizer,
+    train_symbol_tokenizer,
+)
 from flowrl_jax.train_step import Learner, abstract_state, check_batch, init_policy
 
 CHECKPOINTS = "checkpoints"
@@ -44,6 +50,7 @@ class Parts:
         eos_ids: tokens that end a response.
         task: asks and judges.
         model: the policy's architecture.
+        chat: what prompts are rendered with; None: they are put before the policy as they are.
     """
 
     config: Config
@@ -52,6 +59,7 @@ class Parts:
     eos_ids: tuple[int, ...]
     task: Task
     model: Transformer
+    chat: ChatTemplate | None = None
 
     def sampler(self, **changes: Any) -> SamplerConfig:
         """The sampler's settings for training, with changes for other uses.
@@ -133,6 +141,7 @@ def assemble(config: Config, workdir: str | os.PathLike[str]) -> Parts:
         eos_ids=eos_ids,
         task=build(config.task),
         model=Transformer(shape),
+        chat=_chat(config, tokenizer),
     )
 
 
@@ -230,7 +239,7 @@ def _tokenizer(config: Config, workdir: Path) -> tuple[Tokenizer, tuple[int, ...
     if not path:
         path = _symbol_tokenizer(config, workdir)
     if eos_ids is None and config.model.path:
-        eos_ids = _generation_eos(Path(config.model.path))
+        eos_ids = generation_eos(Path(config.model.path))
     tokenizer = load_tokenizer(path, eos_ids=eos_ids)
     if not tokenizer.eos_ids:
         raise InputError(f"tokenizer {path} names no end-of-sequence token: set tokenizer.eos_ids")
@@ -259,14 +268,20 @@ def _symbol_tokenizer(config: Config, workdir: Path) -> Path:
     return path
 
 
-def _generation_eos(folder: Path) -> tuple[int, ...] | None:
-    file = folder / "generation_config.json"
-    if not file.is_file():
+def _chat(config: Config, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The template of prompts, tried on one."""
+    settings = config.tokenizer
+    if not settings.chat:
         return None
-    ids = json.loads(file.read_text()).get("eos_token_id")
-    if ids is None:
-        return None
-    return (ids,) if isinstance(ids, int) else tuple(ids)
+    source = settings.chat_template or settings.path or config.model.path
+    template = load_chat_template(source, tokenizer.special_tokens) if source else None
+    if template is None:
+        raise InputError(
+            f"tokenizer {source or 'of Countdown'} has no chat template: name a file in"
+            " tokenizer.chat_template, or set tokenizer.chat=False"
+        )
+    template.render(settings.conversation("?"), options=settings.chat_options)
+    return template
 
 
 def _shape(config: Config, tokenizer: Tokenizer) -> TransformerConfig:

@@ -30,7 +30,8 @@ _HELP = """{description}
   --config=FILE[:ARGUMENT]  a config file, e.g. configs/quickstart.py; ARGUMENT goes to its
                             get_config(), e.g. configs/quickstart.py:grpo
   --config.SECTION.FIELD=VALUE  changes a setting of it, e.g. --config.loss.beta=5; the fields of
-                            a task's or data set's `options` are --config.task.options.NAME=VALUE
+                            a task's or data set's `options` are --config.task.options.NAME=VALUE,
+                            those of a chat template --config.tokenizer.chat_options.NAME=VALUE
 {flags}"""
 _OVERRIDE = re.compile(r"--?config\.([^=]*)(?:=(.*))?", re.DOTALL)
 _TRUE, _FALSE = ("true", "t", "yes", "1"), ("false", "f", "no", "0")
@@ -191,8 +192,8 @@ def _override(config: ml_collections.ConfigDict, name: str, text: str) -> None:
             raise InputError(f"{flag}: {path} is a single setting; write --{path}={text}")
     if last in section:
         section[last] = _read(text, section[last], flag)
-    elif path.endswith(".options"):
-        # Whoever they belong to, a task or a data set, knows which options there are.
+    elif path.endswith((".options", ".chat_options")):
+        # Whoever they belong to, a task, a data set or a template, knows which options there are.
         section[last] = _literal(text, text)
     else:
         raise InputError(f"{flag}: {path} has no field {last!r}; {nearest(last, section)}")

@@ -88,18 +88,42 @@ class TokenizerConfig:
     """Which tokenizer.
 
     Attributes:
-        path: a sentencepiece .model file or a folder with one; empty means `model.path`, and
-            without that a vocabulary made for Countdown is written to the run's folder.
+        path: a tokenizer.json, a sentencepiece .model file or a folder with one of them; empty
+            means `model.path`, and without that a vocabulary made for Countdown is written to the
+            run's folder.
         max_number: of the Countdown vocabulary: numbers up to it are one token each.
         eos_ids: ids that end a response; empty means what the model's generation_config.json, or
             else the tokenizer, says.
-        add_bos: whether prompts start with the opening id.
+        add_bos: whether prompts start with the opening id; one that a chat template has written
+            is not doubled.
+        chat: whether a prompt is put before the policy as the user's message of a conversation,
+            rendered by the tokenizer's chat template up to where the answer begins.
+        system_prompt: of the conversation; empty: none but what the template itself may add.
+        chat_template: a file with a template; empty: the tokenizer's own.
+        chat_options: what the template knows by name, such as {"enable_thinking": False}.
     """
 
     path: str = ""
     max_number: int = 100
     eos_ids: tuple[int, ...] = ()
     add_bos: bool = False
+    chat: bool = False
+    system_prompt: str = ""
+    chat_template: str = ""
+    chat_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        for field in ("system_prompt", "chat_template", "chat_options"):
+            _require(
+                self.chat or not getattr(self, field),
+                f"tokenizer.{field}={getattr(self, field)!r} is for conversations only: set"
+                " tokenizer.chat=True too",
+            )
+
+    def conversation(self, prompt: str) -> list[dict[str, str]]:
+        """The messages that a prompt becomes where `chat` is set."""
+        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+        return [*system, {"role": "user", "content": prompt}]
 
 
 @dataclasses.dataclass(frozen=True)

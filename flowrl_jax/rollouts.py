@@ -16,10 +16,19 @@ from flowrl_jax.types import PromptBatch, Rollout
 
 
 def encode_prompt(parts: Parts, text: str) -> list[int]:
-    """Token ids of a prompt, opened as the tokenizer's config says."""
-    ids = parts.tokenizer.encode(text)
-    if parts.config.tokenizer.add_bos and parts.tokenizer.bos_id is not None:
-        ids = [parts.tokenizer.bos_id, *ids]
+    """Token ids of a prompt, opened and put into a conversation as the tokenizer's config says.
+
+    Raises:
+        InputError: the chat template refuses the prompt, or the tokenizer cannot encode it.
+    """
+    tokenizer, settings = parts.tokenizer, parts.config.tokenizer
+    if parts.chat is None:
+        ids = tokenizer.encode(text)
+    else:
+        chat = parts.chat.render(settings.conversation(text), options=settings.chat_options)
+        ids = tokenizer.encode(chat, special=True)
+    if settings.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
+        ids = [tokenizer.bos_id, *ids]
     return ids
 
 

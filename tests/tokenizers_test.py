@@ -144,12 +144,11 @@ def test_load_tokenizer_picks_by_what_lies_there(symbols_path):
 def test_unusable_paths(tmp_path):
     with pytest.raises(InputError, match="no such file or folder"):
         load_tokenizer(tmp_path / "none.model")
-    with pytest.raises(InputError, match=r"no tokenizer\.model inside"):
+    with pytest.raises(InputError, match=r"no tokenizer\.json or tokenizer\.model inside"):
         load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    for path in (tmp_path, tmp_path / "tokenizer.json"):
-        with pytest.raises(InputError, match="not supported; give a sentencepiece file"):
-            load_tokenizer(path)
+    (tmp_path / "vocab.json").write_text("{}")
+    with pytest.raises(InputError, match=r"vocab\.json without tokenizer\.json.*AutoTokenizer"):
+        load_tokenizer(tmp_path)
     for content in (b"", b"garbage", bytes(range(256)) * 10):
         (tmp_path / "bad.model").write_bytes(content)
         with pytest.raises(InputError, match=r"bad\.model: not a sentencepiece model"):
