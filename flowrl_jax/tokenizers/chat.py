@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 from jinja2 import nodes
@@ -221,7 +221,7 @@ class _Generation(Extension):
     Names set inside stay inside, as in transformers, where the tag is a call block too.
     """
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (as the base class has it)
 
     def parse(self, parser: Any) -> nodes.Node:
         """Parses up to `endgeneration`."""

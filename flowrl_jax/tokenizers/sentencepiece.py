@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -48,10 +48,10 @@ class SentencePieceTokenizer:
         self.vocab_size = max([self._pieces - 1, *added_ids]) + 1
         special_ids = self._special_ids()
         own = self._own_special_ids()
-        self.special_tokens = {name: self._processor.id_to_piece(i) for name, i in own.items()}
-        for name, token in metadata.named.items():
-            self.special_tokens[name] = token.content
-            own[name] = special_ids[token.content]
+        named = {name: token.content for name, token in metadata.named.items()}
+        pieces = {name: self._processor.id_to_piece(i) for name, i in own.items()}
+        self.special_tokens: Mapping[str, str] = pieces | named
+        own |= {name: special_ids[text] for name, text in named.items()}
         self.bos_id = own.get("bos_token")
         if eos_ids is None:
             eos_ids = () if "eos_token" not in own else (own["eos_token"],)
