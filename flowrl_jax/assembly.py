@@ -127,16 +127,9 @@ def assemble(config: Config, workdir: str | os.PathLike[str]) -> Parts:
     layout_mesh = make_mesh(config.mesh)
     tokenizer, eos_ids = _tokenizer(config, Path(workdir))
     shape = _shape(config, tokenizer)
-    sizes = {
-        "embed": shape.embed_dim,
-        "heads": shape.num_heads,
-        "kv_heads": shape.num_kv_heads,
-        "mlp": shape.mlp_dim,
-        "vocab": shape.vocab_size,
-    }
     return Parts(
         config=config,
-        layout=make_layout(layout_mesh, sizes),
+        layout=make_layout(layout_mesh, shape.axis_sizes),
         tokenizer=tokenizer,
         eos_ids=eos_ids,
         task=build(config.task),

@@ -38,7 +38,7 @@ from flowrl_jax.checkpoint import CheckpointConfig, Checkpointer, restore_host, 
 from flowrl_jax.config import Config
 from flowrl_jax.errors import InputError
 from flowrl_jax.models.hf import load_policy
-from flowrl_jax.models.hf_config import read_json
+from flowrl_jax.models.hf_fields import read_json
 from flowrl_jax.models.hf_save import (
     DTYPES,
     GENERATION_FILE,

@@ -25,18 +25,37 @@ def _unchunk(x: jax.Array, length: int) -> jax.Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
 
-def _logits(hidden: jax.Array, unembedding: jax.Array, temperature: float) -> jax.Array:
-    logits = jnp.einsum("btd,dv->btv", hidden, unembedding, preferred_element_type=jnp.float32)
-    return logits / temperature
+def vocabulary_logits(
+    hidden: jax.Array, unembedding: jax.Array, softcap: float = 0.0, num_tokens: int = 0
+) -> jax.Array:
+    """Logits of the next token.
+
+    Args:
+        hidden: `[..., D]`, final (normalised) hidden states.
+        unembedding: `[D, V]`, in the dtype of `hidden`.
+        softcap: logits z become `softcap * tanh(z / softcap)`; 0 leaves them.
+        num_tokens: ids from this one on do not exist and get minus infinity; 0 means V.
+
+    Returns:
+        `[..., V]` float32.
+    """
+    logits = jnp.einsum("...d,dv->...v", hidden, unembedding, preferred_element_type=jnp.float32)
+    if softcap:
+        logits = softcap * jnp.tanh(logits / softcap)
+    if 0 < num_tokens < logits.shape[-1]:
+        logits = jnp.where(jnp.arange(logits.shape[-1]) < num_tokens, logits, -jnp.inf)
+    return logits
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def token_logprobs(
     hidden: jax.Array,
     unembedding: jax.Array,
     targets: jax.Array,
     temperature: float = 1.0,
     chunk_size: int = 512,
+    softcap: float = 0.0,
+    num_tokens: int = 0,
 ) -> jax.Array:
     """Log-probability of each target token under the policy.
 
@@ -46,20 +65,22 @@ def token_logprobs(
         targets: `[B, T]` int32 in `[0, V)`.
         temperature: logits are divided by it, as they were when the tokens were sampled.
         chunk_size: tokens of a row whose logits are held at one time.
+        softcap: see `vocabulary_logits`.
+        num_tokens: see `vocabulary_logits`.
 
     Returns:
         `[B, T]` float32.
     """
-    return _forward(hidden, unembedding, targets, temperature, chunk_size)[0]
+    return _forward(hidden, unembedding, targets, temperature, chunk_size, softcap, num_tokens)[0]
 
 
-def _forward(hidden, unembedding, targets, temperature, chunk_size):
+def _forward(hidden, unembedding, targets, temperature, chunk_size, softcap, num_tokens):
     length = hidden.shape[1]
     size = min(chunk_size, length)
 
     def chunk(_, inputs):
         hidden_chunk, targets_chunk = inputs
-        logits = _logits(hidden_chunk, unembedding, temperature)
+        logits = vocabulary_logits(hidden_chunk, unembedding, softcap, num_tokens) / temperature
         normaliser = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, targets_chunk[..., None], axis=-1)[..., 0]
         return None, (chosen - normaliser, normaliser)
@@ -71,17 +92,21 @@ def _forward(hidden, unembedding, targets, temperature, chunk_size):
     return _unchunk(logprobs, length), residuals
 
 
-def _backward(temperature, chunk_size, residuals, cotangent):
+def _backward(temperature, chunk_size, softcap, num_tokens, residuals, cotangent):
     hidden, unembedding, targets, normaliser = residuals
     length = hidden.shape[1]
     size = min(chunk_size, length)
 
     def chunk(unembedding_grad, inputs):
         hidden_chunk, targets_chunk, normaliser_chunk, cotangent_chunk = inputs
-        logits = _logits(hidden_chunk, unembedding, temperature)
-        probs = jnp.exp(logits - normaliser_chunk[..., None])
+        logits = vocabulary_logits(hidden_chunk, unembedding, softcap, num_tokens)
+        probs = jnp.exp(logits / temperature - normaliser_chunk[..., None])
         one_hot = jax.nn.one_hot(targets_chunk, logits.shape[-1], dtype=jnp.float32)
         logits_grad = (one_hot - probs) * (cotangent_chunk / temperature)[..., None]
+        if softcap:
+            # Ids that do not exist have no gradient, and minus infinity must not make it NaN.
+            slope = 1.0 - (logits / softcap) ** 2
+            logits_grad *= jnp.where(jnp.isfinite(slope), slope, 0.0)
         logits_grad = logits_grad.astype(hidden.dtype)
         hidden_grad = jnp.einsum("btv,dv->btd", logits_grad, unembedding)
         # The sum over chunks is kept in float32: in bfloat16 it would lose the small terms.

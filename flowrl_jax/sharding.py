@@ -33,6 +33,7 @@ RULES: tuple[tuple[str, Any], ...] = (
     ("layers", None),
     ("activation_embed", None),
     ("norm", None),
+    ("lora", None),
 )
 
 

@@ -83,6 +83,8 @@ def _response_logprobs(learner: Learner, params: Any, tokens, prompt_mask, respo
         tokens[:, prompt_length:],
         learner.temperature,
         learner.config.logprob_chunk,
+        learner.model.config.logit_softcap,
+        learner.model.config.drawable,
     )
     return jnp.where(response_mask, logprobs, 0.0), hidden[:, :prompt_length]
 

@@ -10,13 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flowrl_jax.logprobs import vocabulary_logits
 from flowrl_jax.models.transformer import (
     Block,
     Cache,
     Embedding,
     RMSNorm,
     TransformerConfig,
-    rotary_table,
+    layer_views,
 )
 
 
@@ -51,7 +52,8 @@ def forward_cached(
         config: the decoder's shape.
         tokens: `[B, T]` int32.
         positions: `[B, T]` int32.
-        mask: `[B, T, S]` bool, columns each token may attend to; S = T without caches.
+        mask: `[B, T, S]` bool, columns each token may attend to, windows aside; S = T without
+            caches.
         caches: keys and values `[B, K, S, H]` of each layer, or None to start.
         index: column that the first token takes.
 
@@ -59,11 +61,12 @@ def forward_cached(
         Final hidden states `[B, T, D]`, normalised, and the caches with `tokens` written in.
     """
     x = Embedding(config).apply({"params": params["embedding"]}, tokens)
-    rotation = rotary_table(positions, config.head_dim, config.rope_theta)
+    views = layer_views(config, positions, mask, index)
     written = []
     for i, layer in enumerate(params["layers"]):
         cache = None if caches is None else caches[i]
-        x, cache = Block(config).apply({"params": layer}, x, rotation, mask, cache, index)
+        view = views[config.windows[i]]
+        x, cache = Block(config).apply({"params": layer}, x, view, cache, index)
         written.append(cache)
     hidden: Any = RMSNorm(config).apply({"params": params["final_norm"]}, x)
     return hidden, tuple(written)
@@ -78,4 +81,4 @@ def grow_caches(caches: tuple[Cache, ...], length: int) -> tuple[Cache, ...]:
 def unembed(params: Any, config: TransformerConfig, hidden: jax.Array) -> jax.Array:
     """Logits `[B, V]` float32 of hidden states `[B, D]`."""
     weight = Embedding(config).apply({"params": params["embedding"]}, method="unembedding")
-    return jnp.einsum("bd,dv->bv", hidden, weight, preferred_element_type=jnp.float32)
+    return vocabulary_logits(hidden, weight, config.logit_softcap, config.drawable)

@@ -1,27 +1,31 @@
 """Policies out of Hugging Face checkpoint folders (config.json and safetensors).
 
-Reading goes leaf by leaf and, on a mesh, shard by shard: each device's part is cut out of the
-files, so that the host never holds much more than one leaf and every host of a pod reads what its
-own devices hold. Neither torch nor transformers takes part.
+Tensors go one by one from the file to the devices: each device's part is cut out of the files and
+written into its place in the stacked parameters there. The host never holds more than a tensor and
+a copy beside the parameters of its own devices, and every host of a pod reads what its own devices
+hold. Neither torch nor transformers takes part.
 """
 
+import dataclasses
+import functools
+import math
 import os
 import re
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flowrl_jax.errors import InputError
+from flowrl_jax.models.architecture import TransformerConfig
 from flowrl_jax.models.hf_config import read_config
 from flowrl_jax.models.hf_files import Checkpoint, open_checkpoint
 from flowrl_jax.models.hf_names import Leaf, leaves
-from flowrl_jax.models.transformer import TransformerConfig, init_params
-from flowrl_jax.sharding import Layout
+from flowrl_jax.models.transformer import init_params
+from flowrl_jax.sharding import make_layout
 
 # Rotary tables that old checkpoints carry; they follow from config.json.
 _ROTARY_TABLE = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
@@ -30,16 +34,22 @@ _COMPARED_ROWS = 4096
 
 
 def load_policy(
-    path: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: Any = jnp.float32
+    path: str | os.PathLike[str],
+    *,
+    mesh: Mesh | None = None,
+    dtype: Any = jnp.float32,
+    vocab_multiple: int = 1,
 ) -> tuple[TransformerConfig, Any]:
-    """Loads a checkpoint of the Llama family (`model_type` llama or qwen2).
+    """Loads a checkpoint of one of `families.FAMILIES`.
 
     Args:
         path: folder with config.json and model.safetensors, or several files under
             model.safetensors.index.json.
         mesh: devices over which the parameters are cut as `Layout` says; one device without it.
+            Where it does not divide the vocabulary, rows of zeros are added.
         dtype: that the parameters are cast to. The config has it too, for parameters and
             activations; `dataclasses.replace` makes float32 parameters compute in bfloat16.
+        vocab_multiple: rows of zeros are added to the vocabulary up to a multiple of this.
 
     Returns:
         The decoder's config, and its parameters as `Transformer` takes them (not boxed).
@@ -50,7 +60,10 @@ def load_policy(
             not compute; or the mesh does not divide the model.
     """
     folder = Path(path)
-    config = read_config(folder, dtype)
+    shards = 1 if mesh is None else mesh.shape["tensor"]
+    config = dataclasses.replace(
+        read_config(folder, dtype), vocab_multiple=math.lcm(vocab_multiple, shards)
+    )
     params: dict[str, Any] = {}
     with open_checkpoint(folder) as checkpoint:
         _check_tensors(checkpoint, config)
@@ -109,10 +122,11 @@ def _check_tensors(checkpoint: Checkpoint, config: TransformerConfig) -> None:
 def _check_tied(checkpoint: Checkpoint, config: TransformerConfig) -> None:
     """A tied model may hold its unembedding too, as long as it is the embedding."""
     checkpoint.check(_UNEMBEDDING, (config.vocab_size, config.embed_dim))
-    views = checkpoint.view(_UNEMBEDDING), checkpoint.view(_EMBEDDING)
     for start in range(0, config.vocab_size, _COMPARED_ROWS):
         rows = slice(start, min(start + _COMPARED_ROWS, config.vocab_size))
-        if not np.array_equal(views[0][rows], views[1][rows]):
+        index = rows, slice(0, config.embed_dim)
+        parts = [checkpoint.read(name, index) for name in (_UNEMBEDDING, _EMBEDDING)]
+        if not np.array_equal(*parts):
             raise checkpoint.error(
                 _UNEMBEDDING,
                 f"differs from {_EMBEDDING} although config.json says"
@@ -127,55 +141,74 @@ def _shardings(config: TransformerConfig, mesh: Mesh) -> Any:
         InputError: an axis of the mesh does not divide an axis of the model.
     """
     boxed = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
-    shardings = Layout(mesh).tree_shardings(boxed)
-    shapes = nn.meta.unbox(boxed)
-    for leaf in leaves(config):
-        shape, sharding = _at(shapes, leaf.path).shape, _at(shardings, leaf.path)
-        try:
-            sharding.shard_shape(shape)
-        except ValueError as error:
-            raise InputError(
-                f"mesh {dict(mesh.shape)}: does not divide the parameter {'/'.join(leaf.path)} of"
-                f" shape {shape}, cut as {sharding.spec}; choose other sizes"
-            ) from error
-    return shardings
+    return make_layout(mesh, config.axis_sizes).tree_shardings(boxed)
 
 
 def _load_leaf(
-    checkpoint: Checkpoint, leaf: Leaf, config: TransformerConfig, sharding: Any
+    checkpoint: Checkpoint, leaf: Leaf, config: TransformerConfig, sharding: NamedSharding | None
 ) -> jax.Array:
     """Reads one leaf, all layers of it, into its devices."""
-    dtype = np.dtype(config.param_dtype)
-    shape = (config.num_layers, *leaf.shape) if leaf.stacked else leaf.shape
-    parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
-
-    def part(index: Any) -> np.ndarray:
-        bounds = tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
-        if bounds not in parts:  # several devices may hold the same part
-            parts[bounds] = _read_part(checkpoint, leaf, bounds, dtype)
-        return parts[bounds]
-
-    whole = (slice(None),) * len(shape)
-    if sharding is None:
-        return jnp.asarray(part(whole))
-    return jax.make_array_from_callback(shape, sharding, part)
-
-
-def _read_part(
-    checkpoint: Checkpoint, leaf: Leaf, bounds: tuple[tuple[int, int], ...], dtype: np.dtype
-) -> np.ndarray:
-    """Reads the part of a leaf within these bounds, cast, one tensor at a time."""
-    layers = range(*bounds[0]) if leaf.stacked else range(1)
-    inner = tuple(slice(*b) for b in (bounds[1:] if leaf.stacked else bounds))
-    part = np.empty((len(layers), *(s.stop - s.start for s in inner)), dtype)
-    for place, layer in enumerate(layers):
+    place = _placer(leaf, config.num_layers, np.dtype(config.param_dtype), sharding)
+    tensor_sharding = None if sharding is None else _tensor_sharding(leaf, sharding)
+    buffer = None
+    for layer in range(config.num_layers if leaf.stacked else 1):
         name = leaf.name(layer)
-        with np.errstate(over="ignore", invalid="ignore"):
-            part[place] = leaf.read(checkpoint.view(name), inner)
-        if not np.isfinite(part[place]).all():
+        tensor = _read_tensor(checkpoint, name, leaf.padded_shape, tensor_sharding)
+        buffer, finite = place(buffer, tensor, layer)
+        # To wait here also keeps reading from running ahead of the devices' memory.
+        if not bool(finite):
+            dtype = np.dtype(config.param_dtype)
             raise checkpoint.error(
                 name,
                 f"holds numbers that are not finite in {dtype}; download it again, or load"
                 " it in a wider dtype",
             )
-    return part if leaf.stacked else part[0]
+    assert buffer is not None
+    return buffer
+
+
+def _tensor_sharding(leaf: Leaf, sharding: NamedSharding) -> NamedSharding:
+    """The sharding of one layer's tensor that lays its parts where the leaf has them."""
+    spec = tuple(sharding.spec) + (None,) * (len(leaf.shape) + leaf.stacked - len(sharding.spec))
+    spec = spec[1:] if leaf.stacked else spec
+    return NamedSharding(sharding.mesh, PartitionSpec(*(spec[group[0]] for group in leaf.groups)))
+
+
+def _read_tensor(
+    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], sharding: NamedSharding | None
+) -> jax.Array:
+    """A tensor as the file has it; each device gets its part."""
+    parts: dict[tuple[slice, ...], np.ndarray] = {}
+
+    def part(index: Any) -> np.ndarray:
+        bounds = tuple(slice(*s.indices(size)[:2]) for s, size in zip(index, shape, strict=True))
+        key = tuple((s.start, s.stop) for s in bounds)
+        if key not in parts:  # several devices may hold the same part
+            parts[key] = checkpoint.read(name, bounds)
+        return parts[key]
+
+    if sharding is None:
+        return jnp.asarray(part((slice(None),) * len(shape)))
+    return jax.make_array_from_callback(shape, sharding, part)
+
+
+@functools.lru_cache(maxsize=256)
+def _placer(leaf: Leaf, layers: int, dtype: np.dtype, sharding: NamedSharding | None) -> Any:
+    """A jitted `(buffer or None, tensor, layer) -> (buffer, whether all of it is finite)`.
+
+    The buffer is the leaf, of which the layer is written in place; without one it is made.
+    """
+
+    def place(buffer, tensor, layer):
+        value = leaf.from_tensor(tensor).astype(dtype)
+        finite = jnp.isfinite(value).all()
+        if not leaf.stacked:
+            return value, finite
+        if buffer is None:
+            buffer = jnp.zeros((layers, *leaf.shape), dtype)
+        return jax.lax.dynamic_update_index_in_dim(buffer, value, layer, 0), finite
+
+    shardings = None
+    if sharding is not None:
+        shardings = (sharding, NamedSharding(sharding.mesh, PartitionSpec()))
+    return jax.jit(place, donate_argnums=0, out_shardings=shardings)

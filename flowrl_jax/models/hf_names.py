@@ -1,15 +1,23 @@
 """Which tensors of a Hugging Face checkpoint each leaf of the parameter tree is made of."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator
 from typing import Any
 
+import flax.linen as nn
+import jax
 import numpy as np
 
-from flowrl_jax.models.transformer import TransformerConfig
+from flowrl_jax.errors import InputError
+from flowrl_jax.models.architecture import TransformerConfig
+from flowrl_jax.models.hf_config import family_of
+from flowrl_jax.models.transformer import init_params
 
 Index = tuple[slice, ...]
+
+# A linear layer of torch is `[out, in]`, ours `[in, out]`; either side may be several axes here.
+_INPUT_AXES = {"out": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,14 +28,15 @@ class Leaf:
         path: keys into the parameter tree.
         tensor: name of the tensor; `{}` stands for the layer where the leaf is stacked.
         shape: of the leaf, without the axis of layers.
+        saved: the part of `shape` that tensors have; rows that pad the vocabulary are not saved.
         groups: for each axis of the tensor the axes of the leaf that it merges, major first. A
-            linear layer of torch is `[out, in]`, so that a query projection `[D, N, H]` is the
-            tensor `[N * H, D]`: `((1, 2), (0,))`.
+            query projection `[D, N, H]` is the tensor `[N * H, D]`: `((1, 2), (0,))`.
     """
 
     path: tuple[str, ...]
     tensor: str
     shape: tuple[int, ...]
+    saved: tuple[int, ...]
     groups: tuple[tuple[int, ...], ...]
 
     @property
@@ -38,7 +47,15 @@ class Leaf:
     @property
     def tensor_shape(self) -> tuple[int, ...]:
         """Shape of the tensor of one layer."""
-        return tuple(math.prod(self.shape[axis] for axis in group) for group in self.groups)
+        return self._merged(self.saved)
+
+    @property
+    def padded_shape(self) -> tuple[int, ...]:
+        """Shape of the tensor of one layer, with the rows that pad the vocabulary."""
+        return self._merged(self.shape)
+
+    def _merged(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(math.prod(shape[axis] for axis in group) for group in self.groups)
 
     @property
     def _order(self) -> tuple[int, ...]:
@@ -49,63 +66,56 @@ class Leaf:
         """Name of the tensor of a layer; the layer is ignored where the leaf is not stacked."""
         return self.tensor.format(layer)
 
-    def read(self, tensor: Any, index: Index) -> np.ndarray:
-        """Reads a part of the leaf, and no more of the tensor than it needs.
+    def from_tensor(self, tensor: Any) -> Any:
+        """One layer of the leaf.
 
         Args:
-            tensor: of the shape `tensor_shape`; indexed once, with one slice per axis.
-            index: one slice with start and stop per axis of `shape`.
-
-        Returns:
-            The part in the leaf's own layout, in the dtype of the tensor.
+            tensor: of the shape `padded_shape`; a numpy or a jax array.
         """
-        where, shape = [], []
-        for major, *rest in self.groups:
-            step = math.prod(self.shape[axis] for axis in rest)
-            where.append(slice(index[major].start * step, index[major].stop * step))
-            shape += [index[major].stop - index[major].start, *(self.shape[a] for a in rest)]
-        part = tensor[tuple(where)].reshape(shape)
-        majors = {group[0] for group in self.groups}
-        inner = tuple(slice(None) if axis in majors else index[axis] for axis in self._order)
-        return part[inner].transpose(np.argsort(self._order))
+        split = tensor.reshape([self.shape[axis] for axis in self._order])
+        return split.transpose([self._order.index(axis) for axis in range(len(self.shape))])
 
     def write(self, part: np.ndarray) -> np.ndarray:
         """The tensor of one layer, contiguous, from that layer's part of the leaf."""
-        tensor = part.transpose(self._order).reshape(self.tensor_shape)
-        return np.ascontiguousarray(tensor)
+        saved = part[tuple(slice(size) for size in self.saved)]
+        return np.ascontiguousarray(saved.transpose(self._order).reshape(self.tensor_shape))
 
 
-def leaves(config: TransformerConfig) -> Iterator[Leaf]:
-    """The leaves of the Llama family's parameter tree (Llama, Qwen2)."""
-    width, head_dim, mlp, vocab = (
-        config.embed_dim,
-        config.head_dim,
-        config.mlp_dim,
-        config.vocab_size,
-    )
-    linear = ((1,), (0,))
-    yield Leaf(("embedding", "tokens"), "model.embed_tokens.weight", (vocab, width), ((0,), (1,)))
-    if not config.tie_embeddings:
-        yield Leaf(("embedding", "output"), "lm_head.weight", (width, vocab), linear)
-    yield Leaf(("final_norm", "scale"), "model.norm.weight", (width,), ((0,),))
+@functools.lru_cache(maxsize=64)
+def leaves(config: TransformerConfig) -> tuple[Leaf, ...]:
+    """The leaves of a decoder's parameter tree, with the names that its family gives them.
 
-    block = "model.layers.{}."
-    for ours, theirs in (("attention_norm", "input"), ("mlp_norm", "post_attention")):
-        name = f"{block}{theirs}_layernorm.weight"
-        yield Leaf(("layers", ours, "scale"), name, (width,), ((0,),))
-    for ours, heads in (
-        ("query", config.num_heads),
-        ("key", config.num_kv_heads),
-        ("value", config.num_kv_heads),
-    ):
-        name = f"{block}self_attn.{ours[0]}_proj"
-        shape = (width, heads, head_dim)
-        yield Leaf(("layers", "attention", ours), f"{name}.weight", shape, ((1, 2), (0,)))
-        if config.qkv_bias:
-            path = ("layers", "attention", f"{ours}_bias")
-            yield Leaf(path, f"{name}.bias", (heads, head_dim), ((0, 1),))
-    out = (config.num_heads, head_dim, width)
-    name = f"{block}self_attn.o_proj.weight"
-    yield Leaf(("layers", "attention", "out"), name, out, ((2,), (0, 1)))
-    for ours, shape in (("gate", (width, mlp)), ("up", (width, mlp)), ("down", (mlp, width))):
-        yield Leaf(("layers", "mlp", ours), f"{block}mlp.{ours}_proj.weight", shape, linear)
+    Raises:
+        InputError: no family can express the decoder, or it has no name for one of the leaves.
+    """
+    family = family_of(config)
+    shapes = nn.meta.unbox(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
+    found = []
+    for keys, value in jax.tree_util.tree_flatten_with_path(shapes)[0]:
+        path = tuple(str(key.key) for key in keys)
+        name = family.names.get("/".join(path))
+        if name is None:
+            raise InputError(
+                f"model_type {family.model_type} has no tensor for the parameter {'/'.join(path)}:"
+                " name it in the family's names"
+            )
+        shape = value.shape[1:] if "{}" in name else value.shape
+        padded = path[0] == "embedding" and config.vocab_rows != config.vocab_size
+        rows = {config.vocab_rows: config.vocab_size} if padded else {}
+        vocabulary = 0 if path[-1] == "tokens" else len(shape) - 1
+        saved = tuple(
+            rows.get(size, size) if axis == vocabulary else size for axis, size in enumerate(shape)
+        )
+        found.append(Leaf(path, name, shape, saved, _groups(path, len(shape))))
+    return tuple(found)
+
+
+def _groups(path: tuple[str, ...], rank: int) -> tuple[tuple[int, ...], ...]:
+    """Axes of a leaf that each axis of its tensor merges."""
+    axes = tuple(range(rank))
+    if path[-1] == "tokens":
+        return ((0,), (1,))
+    if path[-1] == "scale" or path[-1].endswith("_bias"):
+        return (axes,)
+    into = _INPUT_AXES.get(path[-1], 1)
+    return axes[into:], axes[:into]

@@ -22,7 +22,8 @@ import safetensors.numpy
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flowrl_jax.errors import InputError
-from flowrl_jax.models.hf_config import read_json, write_config
+from flowrl_jax.models.hf_config import write_config
+from flowrl_jax.models.hf_fields import read_json
 from flowrl_jax.models.hf_files import INDEX, SINGLE
 from flowrl_jax.models.hf_names import Leaf, leaves
 from flowrl_jax.models.transformer import TransformerConfig

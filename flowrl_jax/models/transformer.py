@@ -1,99 +1,64 @@
-"""One decoder for the Llama family: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+"""One decoder for many families: RMSNorm, rotary positions, grouped-query attention, gated MLP.
 
-Layers are stacked and scanned, so that the time to compile does not grow with depth. The KV cache
-is an argument and a result, never hidden state; `decode.py` runs the same blocks over it.
+What a family adds to that is a field of `TransformerConfig`. Layers are stacked and scanned, so
+that the time to compile does not grow with depth. The KV cache is an argument and a result, never
+hidden state; `decode.py` runs the same blocks over it.
 """
 
-import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flowrl_jax.logprobs import vocabulary_logits
 from flowrl_jax.masking import positions_from_mask
-from flowrl_jax.models.attention import attend, causal_mask
+from flowrl_jax.models.architecture import ACTIVATIONS, REMAT_POLICIES, TransformerConfig
+from flowrl_jax.models.attention import attend, causal_mask, windowed_mask
+from flowrl_jax.models.lora import lora_term
+from flowrl_jax.models.rotary import Rotation, rotary, rotary_table
 from flowrl_jax.sharding import constrain
 
 Cache = tuple[jax.Array, jax.Array]
-Rotation = tuple[jax.Array, jax.Array]
-
-REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 
-@dataclasses.dataclass(frozen=True)
-class TransformerConfig:
-    """Describes a decoder of the Llama family.
+class View(NamedTuple):
+    """What a layer is told about its tokens.
 
     Attributes:
-        vocab_size: rows of the embedding.
-        num_layers: blocks.
-        embed_dim: width of the residual stream.
-        num_heads: query heads.
-        num_kv_heads: key and value heads; divides `num_heads`.
-        head_dim: width of a head.
-        mlp_dim: width of the SwiGLU's hidden layer.
-        rope_theta: base of the rotary frequencies.
-        norm_eps: added to the mean square in RMSNorm.
-        tie_embeddings: whether the unembedding is the embedding transposed.
-        qkv_bias: whether query, key and value projections have a bias (Qwen2).
-        init_std: standard deviation of the embedding's and the kernels' normal initialisation.
-        dtype: of activations and of the weights they meet.
-        param_dtype: of the master weights.
-        remat: what the backward pass computes again: "none", "dots" (all but matrix products
-            with weights) or "full" (a whole block from its input).
-        attention: "xla" or "cudnn", see `attention.attend`.
+        rotation: of their positions, from `rotary_table`.
+        mask: `[B, T, S]` bool, the columns that each may attend to.
     """
 
-    vocab_size: int
-    num_layers: int
-    embed_dim: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    mlp_dim: int
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-6
-    tie_embeddings: bool = True
-    qkv_bias: bool = False
-    init_std: float = 0.02
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    remat: str = "none"
-    attention: str = "xla"
+    rotation: Rotation
+    mask: jax.Array
 
-    def __post_init__(self):
-        for field in ("vocab_size", "num_layers", "embed_dim", "num_heads", "mlp_dim"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"model.{field}={getattr(self, field)} must be at least 1")
-        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"model.num_kv_heads={self.num_kv_heads} must divide"
-                f" model.num_heads={self.num_heads}"
-            )
-        if self.head_dim < 2 or self.head_dim % 2:
-            raise ValueError(f"model.head_dim={self.head_dim} must be even: rotary pairs")
-        if self.remat not in ("none", *REMAT_POLICIES):
-            raise ValueError(
-                f"model.remat={self.remat!r} is not known: use 'none', 'dots' or 'full'"
-            )
-        if self.attention not in ("xla", "cudnn"):
-            raise ValueError(
-                f"model.attention={self.attention!r} is not known: use 'xla' or 'cudnn'"
-            )
 
-    @property
-    def num_parameters(self) -> int:
-        """Parameters of the policy, embeddings included."""
-        attention = self.embed_dim * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
-        if self.qkv_bias:
-            attention += self.head_dim * (self.num_heads + 2 * self.num_kv_heads)
-        block = attention + 3 * self.embed_dim * self.mlp_dim + 2 * self.embed_dim
-        embeddings = self.vocab_size * self.embed_dim * (1 if self.tie_embeddings else 2)
-        return self.num_layers * block + embeddings + self.embed_dim
+def layer_views(
+    config: TransformerConfig, positions: jax.Array, mask: jax.Array, first: jax.Array | int = 0
+) -> dict[bool, View]:
+    """The views of layers with a window (True) and without (False), as far as there are any.
+
+    A window counts columns, as in transformers: the real tokens of a row must be adjacent.
+
+    Args:
+        config: the decoder.
+        positions: `[B, T]` int32.
+        mask: `[B, T, S]` bool, as without a window.
+        first: column of the first token.
+    """
+    views = {}
+    if not all(config.windows):
+        views[False] = View(
+            rotary_table(positions, config.head_dim, config.rope_theta, config.rope_scaling), mask
+        )
+    if any(config.windows):
+        theta, scaling = config.rope_theta, config.rope_scaling
+        if config.local_rope_theta:
+            theta, scaling = config.local_rope_theta, config.local_rope_scaling
+        rotation = rotary_table(positions, config.head_dim, theta, scaling)
+        views[True] = View(rotation, windowed_mask(mask, config.window, first))
+    return views
 
 
 def _param(module: nn.Module, name: str, init, shape, axes) -> jax.Array:
@@ -105,46 +70,12 @@ def _param(module: nn.Module, name: str, init, shape, axes) -> jax.Array:
     return value.astype(config.dtype)
 
 
-def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`[B, T, D] @ [D, F]` as one product of two matrices.
-
-    XLA's CPU backend computes the kernel's gradient three times faster from matrices than from
-    `[B, T, D]` arrays; elsewhere it makes no difference.
-    """
-    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+def _bias(module: nn.Module, name: str, shape, axes) -> jax.Array:
+    return _param(module, f"{name}_bias", nn.initializers.zeros, shape, axes)
 
 
-def rotary_table(positions: jax.Array, head_dim: int, theta: float) -> Rotation:
-    """Sines and cosines by which `rotary` turns heads; every layer uses the same.
-
-    Angles are float32: in bfloat16 position 257 would round to 256.
-
-    Args:
-        positions: `[B, T]` int32.
-        head_dim: H.
-        theta: base of the frequencies.
-
-    Returns:
-        Two arrays `[B, 1, T, H / 2]` float32.
-    """
-    half = head_dim // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[:, None, :, None].astype(jnp.float32) * frequency
-    return jnp.sin(angle), jnp.cos(angle)
-
-
-def rotary(x: jax.Array, rotation: Rotation) -> jax.Array:
-    """Rotates pairs (i, i + H/2) of each head by the position (Llama's half-split layout).
-
-    Args:
-        x: `[B, N, T, H]`.
-        rotation: from `rotary_table`.
-    """
-    sin, cos = rotation
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], axis=-1
-    ).astype(x.dtype)
+def _kernel_init(config: TransformerConfig):
+    return nn.initializers.normal(config.init_std)
 
 
 class RMSNorm(nn.Module):
@@ -154,9 +85,14 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = _param(self, "scale", nn.initializers.ones, (x.shape[-1],), ("norm",))
+        config = self.config
+        # What multiplies is 1 at first, with an offset (Gemma) and without.
+        init = nn.initializers.constant(1.0 - config.norm_offset)
+        scale = _param(self, "scale", init, (x.shape[-1],), ("norm",))
         wide = x.astype(jnp.float32)
-        wide *= jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.config.norm_eps)
+        wide *= jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + config.norm_eps)
+        if config.norm_offset:
+            return (wide * (config.norm_offset + scale.astype(jnp.float32))).astype(x.dtype)
         return wide.astype(x.dtype) * scale
 
 
@@ -169,8 +105,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        rotation: Rotation,
-        mask: jax.Array,
+        view: View,
         cache: Cache | None = None,
         index: jax.Array | int = 0,
     ) -> tuple[jax.Array, Cache]:
@@ -178,8 +113,7 @@ class Attention(nn.Module):
 
         Args:
             x: `[B, T, D]`.
-            rotation: from `rotary_table`.
-            mask: `[B, T, S]` bool; S = T without a cache.
+            view: of the tokens; S = T without a cache.
             cache: keys and values `[B, K, S, H]`.
             index: column of the cache that the first token of `x` goes to.
 
@@ -188,50 +122,79 @@ class Attention(nn.Module):
             of `x`.
         """
         config = self.config
-        init = nn.initializers.normal(config.init_std)
-        width, head_dim = config.embed_dim, config.head_dim
-
-        def project(name, heads, axis):
-            kernel = _param(self, name, init, (width, heads, head_dim), ("embed", axis, "head_dim"))
-            out = matmul(x, kernel.reshape(width, -1)).reshape(*x.shape[:2], heads, head_dim)
-            out = jnp.swapaxes(out, 1, 2)
-            if config.qkv_bias:
-                zeros = nn.initializers.zeros
-                bias = _param(self, f"{name}_bias", zeros, (heads, head_dim), (axis, "head_dim"))
-                out += bias[:, None]
-            return constrain(out, "batch", axis, "seq", "head_dim")
-
-        query = rotary(project("query", config.num_heads, "heads"), rotation)
-        key = rotary(project("key", config.num_kv_heads, "kv_heads"), rotation)
-        value = project("value", config.num_kv_heads, "kv_heads")
+        query, key, value = self._heads(x, view.rotation)
         if cache is not None:
             start = (0, 0, index, 0)
             key = jax.lax.dynamic_update_slice(cache[0], key.astype(cache[0].dtype), start)
             value = jax.lax.dynamic_update_slice(cache[1], value.astype(cache[1].dtype), start)
-        out = attend(query, key, value, mask, config.attention)
-        kernel = _param(
-            self, "out", init, (config.num_heads, head_dim, width), ("heads", "head_dim", "embed")
+        out = attend(
+            query,
+            key,
+            value,
+            view.mask,
+            scale=config.query_scale or config.head_dim**-0.5,
+            softcap=config.attention_softcap,
+            implementation=config.attention,
         )
-        out = jnp.swapaxes(out, 1, 2).reshape(*x.shape[:2], -1)
-        return matmul(out, kernel.reshape(-1, width)), (key, value)
+        shape = (config.num_heads, config.head_dim, config.embed_dim)
+        axes = ("heads", "head_dim", "embed")
+        kernel = _param(self, "out", _kernel_init(config), shape, axes)
+        rows = jnp.swapaxes(out, 1, 2).reshape(-1, config.num_heads * config.head_dim)
+        out = rows @ kernel.reshape(-1, config.embed_dim) + lora_term(self, "out", rows)
+        if config.out_bias:
+            out += _bias(self, "out", (config.embed_dim,), ("norm",))
+        return out.reshape(x.shape), (key, value)
+
+    def _heads(self, x: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries `[B, N, T, H]`, keys and values `[B, K, T, H]`; positions are in the first two.
+
+        Activations meet kernels as `[B * T, D]`: XLA's CPU backend computes a kernel's gradient
+        three times faster from matrices than from `[B, T, D]` arrays; elsewhere it is the same.
+        """
+        config = self.config
+        rows = x.reshape(-1, config.embed_dim)
+
+        def project(name, heads, axis):
+            shape = (config.embed_dim, heads, config.head_dim)
+            axes = ("embed", axis, "head_dim")
+            kernel = _param(self, name, _kernel_init(config), shape, axes)
+            out = rows @ kernel.reshape(config.embed_dim, -1) + lora_term(self, name, rows)
+            out = jnp.swapaxes(out.reshape(*x.shape[:2], heads, config.head_dim), 1, 2)
+            if config.qkv_bias:
+                out += _bias(self, name, shape[1:], axes[1:])[:, None]
+            return constrain(out, "batch", axis, "seq", "head_dim")
+
+        query = project("query", config.num_heads, "heads")
+        key = project("key", config.num_kv_heads, "kv_heads")
+        if config.qk_norm:
+            query = RMSNorm(config, name="query_norm")(query)
+            key = RMSNorm(config, name="key_norm")(key)
+        value = project("value", config.num_kv_heads, "kv_heads")
+        return rotary(query, rotation), rotary(key, rotation), value
 
 
 class MLP(nn.Module):
-    """SwiGLU."""
+    """Gated: `down(activation(gate(x)) * up(x))`."""
 
     config: TransformerConfig
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         config = self.config
-        init = nn.initializers.normal(config.init_std)
-        shape = (config.embed_dim, config.mlp_dim)
+
+        def project(name, rows, shape, axes):
+            kernel = _param(self, name, _kernel_init(config), shape, axes)
+            out = rows @ kernel + lora_term(self, name, rows)
+            if config.mlp_bias:
+                axis = "norm" if axes[1] == "embed" else axes[1]
+                out += _bias(self, name, shape[1:], (axis,))
+            return out
+
         rows = x.reshape(-1, config.embed_dim)
-        gate = rows @ _param(self, "gate", init, shape, ("embed", "mlp"))
-        up = rows @ _param(self, "up", init, shape, ("embed", "mlp"))
-        hidden = constrain(nn.silu(gate) * up, "batch", "mlp")
-        out = hidden @ _param(self, "down", init, shape[::-1], ("mlp", "embed"))
-        return out.reshape(x.shape)
+        into, axes = (config.embed_dim, config.mlp_dim), ("embed", "mlp")
+        gate, up = project("gate", rows, into, axes), project("up", rows, into, axes)
+        hidden = constrain(ACTIVATIONS[config.activation](gate) * up, "batch", "mlp")
+        return project("down", hidden, into[::-1], axes[::-1]).reshape(x.shape)
 
 
 class Block(nn.Module):
@@ -240,14 +203,23 @@ class Block(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x, rotation, mask, cache=None, index=0):
+    def __call__(self, x, view, cache=None, index=0):
         """Arguments and results as in `Attention`."""
-        attended, cache = Attention(self.config, name="attention")(
-            RMSNorm(self.config, name="attention_norm")(x), rotation, mask, cache, index
+        config = self.config
+
+        def norm(name, x):
+            return RMSNorm(config, name=name)(x)
+
+        attended, cache = Attention(config, name="attention")(
+            norm("attention_norm", x), view, cache, index
         )
+        if config.sandwich_norm:
+            attended = norm("attention_out_norm", attended)
         x = constrain(x + attended, "batch", "seq", "activation_embed")
-        x = x + MLP(self.config, name="mlp")(RMSNorm(self.config, name="mlp_norm")(x))
-        return constrain(x, "batch", "seq", "activation_embed"), cache
+        added = MLP(config, name="mlp")(norm("mlp_norm", x))
+        if config.sandwich_norm:
+            added = norm("mlp_out_norm", added)
+        return constrain(x + added, "batch", "seq", "activation_embed"), cache
 
 
 class Embedding(nn.Module):
@@ -257,18 +229,22 @@ class Embedding(nn.Module):
 
     def setup(self):
         config = self.config
-        init = nn.initializers.normal(config.init_std)
-        shape = (config.vocab_size, config.embed_dim)
+        init = _kernel_init(config)
+        shape = (config.vocab_rows, config.embed_dim)
         self.tokens = _param(self, "tokens", init, shape, ("vocab", "embed"))
         if not config.tie_embeddings:
             self.output = _param(self, "output", init, shape[::-1], ("embed", "vocab"))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Vectors `[B, T, D]` of tokens `[B, T]`."""
-        return constrain(self.tokens[tokens], "batch", "seq", "activation_embed")
+        vectors = self.tokens[tokens]
+        if self.config.embed_scale != 1.0:
+            # In the compute dtype, as Gemma was trained: bfloat16 makes 55.5 of 55.4.
+            vectors *= jnp.asarray(self.config.embed_scale, vectors.dtype)
+        return constrain(vectors, "batch", "seq", "activation_embed")
 
     def unembedding(self) -> jax.Array:
-        """`[D, V]`, in the compute dtype."""
+        """`[D, V]`, in the compute dtype; V rows of the embedding, padding included."""
         return self.tokens.T if self.config.tie_embeddings else self.output
 
 
@@ -287,12 +263,12 @@ class Transformer(nn.Module):
         if config.remat != "none":
             policy = REMAT_POLICIES[config.remat]
             block = nn.remat(block, policy=policy, prevent_cse=False)
-        broadcast: Any = nn.broadcast  # flax types in_axes as int alone
+        axes: Any = (nn.broadcast, 0)  # flax types in_axes as int alone
         self.layers = nn.scan(
-            _drop_cache(block),
+            _scanned(block),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=broadcast,
+            in_axes=axes,
             length=config.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(config)
@@ -316,17 +292,15 @@ class Transformer(nn.Module):
         """
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
         positions = positions_from_mask(mask) if positions is None else positions
-        rotation = rotary_table(positions, self.config.head_dim, self.config.rope_theta)
-        x, _ = self.layers(self.embedding(tokens), rotation, causal_mask(mask))
+        views = layer_views(self.config, positions, causal_mask(mask))
+        x, _ = self.layers(self.embedding(tokens), views, jnp.array(self.config.windows))
         return self.final_norm(x)
 
     def logits(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """Logits `[B, T, V]` float32; for small models and tests, training never holds them."""
-        return jnp.einsum(
-            "btd,dv->btv",
-            self(tokens, mask),
-            self.unembedding(),
-            preferred_element_type=jnp.float32,
+        config = self.config
+        return vocabulary_logits(
+            self(tokens, mask), self.unembedding(), config.logit_softcap, config.drawable
         )
 
     def unembedding(self) -> jax.Array:
@@ -334,13 +308,18 @@ class Transformer(nn.Module):
         return self.embedding.unembedding()
 
 
-def _drop_cache(block: type[nn.Module]) -> type[nn.Module]:
+def _scanned(block: type[nn.Module]) -> type[nn.Module]:
     """The block as a scan body: its carry is the residual stream and it has no other output."""
 
     class ScannedBlock(block):
         @nn.compact
-        def __call__(self, x, rotation, mask):
-            x, _ = super().__call__(x, rotation, mask)
+        def __call__(self, x, views, windowed):
+            if len(views) == 1:
+                (view,) = views.values()
+            else:
+                choose = lambda window, full: jnp.where(windowed, window, full)  # noqa: E731
+                view = jax.tree.map(choose, views[True], views[False])
+            x, _ = super().__call__(x, view)
             return x, None
 
     return ScannedBlock

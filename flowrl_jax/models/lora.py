@@ -1,0 +1,144 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): a small tree beside the weights of a frozen policy.
+
+The adapter of a kernel W `[in, out]` is A `[in, rank]` and B `[rank, out]`; a layer that finds them
+among its parameters computes `x W + alpha / rank (x A) B`. Without them it computes `x W`: the
+frozen policy is the reference, and no second copy of it is needed.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from flowrl_jax.models.architecture import TransformerConfig
+
+ATTENTION_TARGETS = ("query", "key", "value", "out")
+MLP_TARGETS = ("gate", "up", "down")
+TARGETS = ATTENTION_TARGETS + MLP_TARGETS
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Which kernels have adapters.
+
+    Attributes:
+        rank: inner size of an adapter; 0 means that there are none and all weights are trained.
+        alpha: adapters are scaled by `alpha / rank`.
+        targets: kernels with an adapter, in every block.
+    """
+
+    rank: int = 0
+    alpha: float = 32.0
+    targets: tuple[str, ...] = TARGETS
+
+    def __post_init__(self):
+        if self.rank < 0 or self.alpha <= 0:
+            raise ValueError(
+                f"model.lora.rank={self.rank} must not be negative and"
+                f" model.lora.alpha={self.alpha} must be positive"
+            )
+        unknown = [name for name in self.targets if name not in TARGETS]
+        if unknown or not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ValueError(
+                f"model.lora.targets={self.targets}: name at least one of {', '.join(TARGETS)},"
+                " each once"
+            )
+
+    @property
+    def scale(self) -> float:
+        """What `(x A) B` is multiplied by."""
+        return self.alpha / self.rank
+
+
+def a_name(target: str) -> str:
+    """Key of A in the parameter tree."""
+    return f"{target}_lora_a"
+
+
+def b_name(target: str) -> str:
+    """Key of B in the parameter tree."""
+    return f"{target}_lora_b"
+
+
+def lora_term(module: nn.Module, target: str, x: jax.Array) -> jax.Array | float:
+    """What a kernel's adapter adds to its product; 0 where the kernel has none.
+
+    Args:
+        module: that holds the kernel.
+        target: name of the kernel.
+        x: `[rows, in]`, in the compute dtype.
+
+    Returns:
+        `[rows, out]` in the compute dtype, or 0.
+    """
+    config: Any = module.config  # type: ignore[attr-defined]
+    if not module.has_variable("params", a_name(target)):
+        return 0.0
+    a, b = (module.get_variable("params", name(target)) for name in (a_name, b_name))
+    rank = config.lora.rank
+    a, b = a.astype(config.dtype).reshape(-1, rank), b.astype(config.dtype).reshape(rank, -1)
+    return (x @ a) @ b * config.lora.scale
+
+
+def init_lora(config: "TransformerConfig", key: jax.Array) -> Any:
+    """Fresh adapters, boxed with the names of their axes: A normal, B zero.
+
+    Args:
+        config: of the decoder, with `lora`.
+        key: consumed.
+
+    Returns:
+        A tree of the shape of the policy's, with the adapters' leaves alone. A's standard deviation
+        is `in ** -0.5`, so that `x A` is of the size of x.
+    """
+    width, mlp, head_dim = config.embed_dim, config.mlp_dim, config.head_dim
+    heads = (config.num_heads, head_dim), ("heads", "head_dim")
+    kv_heads = (config.num_kv_heads, head_dim), ("kv_heads", "head_dim")
+    embed, hidden = ((width,), ("embed",)), ((mlp,), ("mlp",))
+    ends = {
+        "query": (embed, heads),
+        "key": (embed, kv_heads),
+        "value": (embed, kv_heads),
+        "out": (heads, embed),
+        "gate": (embed, hidden),
+        "up": (embed, hidden),
+        "down": (hidden, embed),
+    }
+    lora = config.lora
+    layers: dict[str, dict[str, Any]] = {}
+    for target, target_key in zip(
+        lora.targets, jax.random.split(key, len(lora.targets)), strict=True
+    ):
+        (into, into_axes), (out, out_axes) = ends[target]
+        fan_in = 1
+        for size in into:
+            fan_in *= size
+        a = jax.random.normal(target_key, (config.num_layers, *into, lora.rank), config.param_dtype)
+        b = jnp.zeros((config.num_layers, lora.rank, *out), config.param_dtype)
+        part = layers.setdefault("attention" if target in ATTENTION_TARGETS else "mlp", {})
+        part[a_name(target)] = _box(a * fan_in**-0.5, ("layers", *into_axes, "lora"))
+        part[b_name(target)] = _box(b, ("layers", "lora", *out_axes))
+    return {"layers": layers}
+
+
+def _box(value: jax.Array, axes: tuple[str, ...]) -> nn.LogicallyPartitioned:
+    return nn.LogicallyPartitioned(value, axes)
+
+
+def with_adapters(base: Mapping[str, Any] | None, trained: Mapping[str, Any]) -> Any:
+    """The policy: frozen weights with their adapters beside them.
+
+    Args:
+        base: frozen weights, or None where all weights are trained.
+        trained: adapters, or all weights.
+    """
+    if base is None:
+        return trained
+    merged = dict(base)
+    for name, value in trained.items():
+        merged[name] = with_adapters(base[name], value) if name in base else value
+    return merged
