@@ -18,8 +18,7 @@ Expected, the paper's table 2 (LiveCodeBench and HumanEval+ in percent, Codeforc
     FlowRL         37.43        56.27        1549              83.28
 
 Not there yet: the task `code`, which runs the policy's programs in a sandbox, comes with the issue
-"Tasks". Until then this config is read, and the run stops with `task 'code': unknown`, once the
-model's tokenizer is there to be read (issue "Models").
+"Tasks". Until then this config is read, and the run stops with `task 'code': unknown`.
 """
 
 import ml_collections

@@ -9,6 +9,9 @@ differ from it and from each other (docs/objective.md), and none of them says wh
 published figures; `:flowrl_release` and `:flowrl_recipe` are theirs, `:flowrl` is what we recommend
 for work of your own.
 
+Prompts are rendered by the model's own chat template, as in the release: no system message but the
+one that Qwen2.5's template writes by itself.
+
 Data: JSONL or parquet with a bare problem in `prompt` and its answer in `answer`. For prompts that
 carry the instruction already, as the released parquet file does, set
 --config.task.options.wrap=False.
@@ -29,10 +32,9 @@ after a number of steps that is not stated (names of released files say 200 and 
 They were graded by math-verify, which accepts more than the training reward does, so `eval/` here,
 which uses the training reward, is not comparable with them.
 
-Not there yet, so that this run cannot start today: Qwen's tokenizer (tokenizer.json is refused
-with one line; only sentencepiece models are read) and its chat template come with the issue
-"Models"; flash attention on TPU comes with "Scale" (until then the scores of one layer are 11 GiB
-a sequence at 10,240 tokens: shorten the responses); a grader that knows mathematics with "Tasks".
+Not there yet: flash attention on TPU comes with the issue "Scale" (until then the scores of one
+layer are 11 GiB a sequence at 10,240 tokens: shorten the responses); a grader that knows
+mathematics with "Tasks".
 """
 
 import ml_collections
@@ -50,6 +52,7 @@ def get_config(preset: str = "flowrl_paper") -> ml_collections.ConfigDict:
     config = base.get_config()
     config.steps = 200  # not stated; see above
     config.model.update(path="models/Qwen2.5-7B", dtype="bfloat16", remat="full")
+    config.tokenizer.chat = True
     config.task = {"name": "math", "options": {"wrap": True}}
     config.data.update(
         builder="prompts",

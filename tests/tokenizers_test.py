@@ -1,6 +1,8 @@
 """Tokenizers against sentencepiece itself, and the symbol vocabulary by its properties."""
 
 import hashlib
+import json
+import random
 import shutil
 import time
 
@@ -13,9 +15,12 @@ from flowrl_jax.tasks import countdown
 from flowrl_jax.tasks import countdown_solver as solver
 from flowrl_jax.tokenizers import (
     SentencePieceTokenizer,
+    StreamDecoder,
+    generation_eos,
     load_tokenizer,
     train_symbol_tokenizer,
 )
+from tests.tiny_tokenizers import check_streaming, write_config
 
 MODELS = (
     "spm_test_models/test_model.model",
@@ -155,3 +160,131 @@ def test_unusable_paths(tmp_path):
             load_tokenizer(tmp_path / "bad.model")
     with pytest.raises(InputError, match="no such file"):
         SentencePieceTokenizer(tmp_path / "none.model")
+
+
+@pytest.fixture
+def llama_folder(shared_data, tmp_path):
+    """Llama 2's vocabulary; the test writes tokenizer_config.json."""
+    shutil.copy(shared_data / "spm_llama2_32k/tokenizer.model", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_special_texts_as_transformers_reads_them(llama_folder, legacy, parity_packages):
+    from transformers import AutoTokenizer
+
+    pad = {"content": "<pad>", "lstrip": False, "rstrip": True, "special": True}
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    write_config(
+        llama_folder, tokenizer_class="LlamaTokenizer", legacy=legacy,
+        added_tokens_decoder={"32000": pad}, **named,
+    )  # fmt: skip
+    ours, theirs = load_tokenizer(llama_folder), AutoTokenizer.from_pretrained(llama_folder)
+    assert ours.vocab_size == len(theirs) == 32001
+    assert ours.pad_id == theirs.pad_token_id == 32000
+    assert ours.special_tokens == theirs.special_tokens_map == named
+    rng = random.Random(0)
+    # One space at a time: of several, sentencepiece and transformers make different pieces.
+    words = ("<s>", "</s>", "<pad>", "<unk>", "hello", " hello", " [INST]", "x\u00e9", "\U0001f600")
+    for _ in range(300):
+        text = "".join(rng.choices(words, k=rng.randrange(8)))
+        if text.startswith(" "):
+            continue
+        assert (
+            ours.encode(text, special=True) == theirs(text, add_special_tokens=False)["input_ids"]
+        )
+        plain = ours.encode(text)
+        assert not {0, 1, 2, 32000} & set(plain)
+        assert ours.decode(plain) == text
+    assert ours.decode(ours.encode("a</s><pad>  b", special=True)) == ("a b" if legacy else "ab")
+
+
+def test_special_pieces_without_a_config(shared_data):
+    tokenizer = SentencePieceTokenizer(shared_data / "spm_llama2_32k/tokenizer.model")
+    assert tokenizer.special_tokens == {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
+    hello, world = tokenizer.encode("hello"), tokenizer.encode(" world")
+    assert tokenizer.encode("<s>", special=True) == [1]
+    assert tokenizer.encode("hello</s>", special=True) == [*hello, 2]
+    assert tokenizer.encode("</s>world", special=True) != [2, *world]  # no space, no leading "▁"
+    assert tokenizer.decode(tokenizer.encode("<s>hello</s>", special=True)) == "hello"
+
+
+def test_added_tokens_beside_a_sentencepiece_model(symbols_path):
+    size = load_tokenizer(symbols_path).vocab_size
+    added = {
+        size: {"content": "<note>", "special": False},
+        size + 1: {"content": "<turn>", "rstrip": True, "special": True},
+    }
+    write_config(symbols_path.parent, added_tokens_decoder=added, eos_token="<turn>")
+    tokenizer = load_tokenizer(symbols_path)
+    assert (tokenizer.vocab_size, tokenizer.eos_ids) == (size + 2, (size + 1,))
+    ids = tokenizer.encode("3<note>5<turn>  8", special=True)
+    assert ids == [7, size, 9, size + 1, 12]
+    assert tokenizer.decode(ids) == "3<note>58"
+    assert tokenizer.encode("3<note>")[1:] == [size]
+    assert size + 1 not in tokenizer.encode("<turn>")
+    check_streaming(tokenizer)
+    write_config(symbols_path.parent, added_tokens_decoder={5: {"content": "3"}})
+    with pytest.raises(InputError, match="'3' is id 7 here and id 5 in the files beside it"):
+        load_tokenizer(symbols_path)
+
+
+def test_older_files_beside_a_sentencepiece_model(symbols_path):
+    size = load_tokenizer(symbols_path).vocab_size
+    folder = symbols_path.parent
+    (folder / "added_tokens.json").write_text(json.dumps({"<turn>": size}))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<turn>"}))
+    tokenizer = load_tokenizer(symbols_path)
+    assert tokenizer.eos_ids == (size,) and tokenizer.vocab_size == size + 1
+    for content in ('{"<turn>": "x"}', '{"<turn>": -1}', '{"": 30}'):
+        (folder / "added_tokens.json").write_text(content)
+        with pytest.raises(InputError, match="has the id"):
+            load_tokenizer(symbols_path)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_streaming_says_what_decoding_says(shared_data, name):
+    check_streaming(SentencePieceTokenizer(shared_data / name))
+
+
+@pytest.mark.parametrize("name", ["spm_llama2_32k/tokenizer.model", "stories260K/tok512.model"])
+def test_streaming_breaks_no_character(shared_data, name):
+    tokenizer = SentencePieceTokenizer(shared_data / name)
+    text = "na\u00efve \u6570\u5b66 \U0001f600\U0001f603 end"
+    stream = StreamDecoder(tokenizer)
+    said = [stream.push([i]) for i in tokenizer.encode(text)] + [stream.finish()]
+    assert "".join(said) == text
+    assert "\ufffd" not in "".join(said)
+
+
+def test_ends_of_responses_that_generation_config_names(tmp_path):
+    file = tmp_path / "generation_config.json"
+    assert generation_eos(tmp_path) is None
+    for content, wanted in (
+        ("{}", None), ('{"eos_token_id": null}', None), ('{"eos_token_id": 2}', (2,)),
+        ('{"eos_token_id": [7, 2, 7]}', (7, 2)),
+    ):  # fmt: skip
+        file.write_text(content)
+        assert generation_eos(tmp_path) == wanted
+    for content, message in (
+        ('{"eos_token_id": 2', "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("3", "a JSON int, not an object"),
+        ('{"eos_token_id": "2"}', "eos_token_id='2' is neither an id nor a list of ids"),
+        ('{"eos_token_id": true}', "is neither an id"),
+        ('{"eos_token_id": []}', "is neither an id"),
+        ('{"eos_token_id": [2, 2.5]}', "is neither an id"),
+    ):
+        file.write_text(content)
+        with pytest.raises(InputError, match=message) as caught:
+            generation_eos(tmp_path)
+        assert len(str(caught.value).splitlines()) == 1
+
+
+def test_text_that_is_not_unicode(symbols_path):
+    with pytest.raises(InputError, match="half of a surrogate pair"):
+        load_tokenizer(symbols_path).encode("3\ud800")

@@ -24,7 +24,7 @@ from jinja2.utils import Namespace
 from flowrl_jax.errors import InputError
 from flowrl_jax.tokenizers.files import read_object
 
-_MAX_STEPS = 1_000_000  # rounds of loops and calls; a real template takes some hundreds
+_MAX_STEPS = 200_000  # rounds of loops and calls; a real template takes some hundreds
 _MAX_LENGTH = 10_000_000  # characters or items of anything that an operator makes
 _OWN_NAMES = ("messages", "add_generation_prompt")
 

@@ -83,8 +83,8 @@ class SentencePieceTokenizer:
             text: what to encode.
             special: whether the text of a special piece ("</s>") stands for it. By default it is
                 ordinary characters, so a prompt cannot smuggle in a special id. What follows a
-                special piece gets no leading space of its own, unless tokenizer_config.json says
-                `legacy`: as transformers' LlamaTokenizer does.
+                special piece is not given a leading space, unless tokenizer_config.json says
+                `legacy`, as with transformers' LlamaTokenizer.
 
         Raises:
             InputError: the text is not valid Unicode.
@@ -95,8 +95,8 @@ class SentencePieceTokenizer:
             if isinstance(part, int):
                 ids.append(part)
             else:
-                plain = self._processor if self._legacy or start == 0 else self._continued
-                ids.extend(plain.encode(part))
+                opens = start == 0 or (self._legacy and not part.startswith(" "))
+                ids.extend((self._processor if opens else self._continued).encode(part))
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
