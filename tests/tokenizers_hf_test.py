@@ -237,6 +237,16 @@ DAMAGE = {
         b'{"version":"1.0","model":{"type":"BPE","vocab":{},"merges":[["a","b"]]}}',
         "not a tokenizer.json",
     ),
+    "panic": (
+        b'{"version":"1.0","model":{"type":"BPE","continuing_subword_prefix":"#####",'
+        b'"vocab":{"a":0,"bc":1,"abc":2},"merges":[["a","bc"]]}}',
+        "not a tokenizer.json",
+    ),
+    "strips the end": (
+        b'{"version":"1.0","decoder":{"type":"Strip","content":" ","start":0,"stop":9},'
+        b'"model":{"type":"BPE","vocab":{"a":0},"merges":[]}}',
+        "strips the end",
+    ),
     "no tokens": (b'{"version":"1.0","model":{"type":"BPE","vocab":{},"merges":[]}}', "no tokens"),
 }
 

@@ -146,7 +146,8 @@ def test_load_tokenizer_picks_by_what_lies_there(symbols_path):
     assert load_tokenizer(symbols_path, eos_ids=[1]).eos_ids == (1,)
 
 
-def test_unusable_paths(tmp_path):
+def test_unusable_paths(tmp_path, symbols_path):
+    symbols = symbols_path.read_bytes()
     with pytest.raises(InputError, match="no such file or folder"):
         load_tokenizer(tmp_path / "none.model")
     with pytest.raises(InputError, match=r"no tokenizer\.json or tokenizer\.model inside"):
@@ -158,6 +159,9 @@ def test_unusable_paths(tmp_path):
         (tmp_path / "bad.model").write_bytes(content)
         with pytest.raises(InputError, match=r"bad\.model: not a sentencepiece model"):
             load_tokenizer(tmp_path / "bad.model")
+    with pytest.raises(InputError, match=r"bad\.model: not a sentencepiece model"):
+        (tmp_path / "bad.model").write_bytes(symbols.replace(b"35", b"\xff5"))
+        load_tokenizer(tmp_path / "bad.model")
     with pytest.raises(InputError, match="no such file"):
         SentencePieceTokenizer(tmp_path / "none.model")
 

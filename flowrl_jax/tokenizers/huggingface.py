@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +75,10 @@ class HuggingFaceTokenizer:
             InputError: the text is not valid Unicode, or the vocabulary cannot express it.
         """
         checked_text(text, self._file)
-        try:
-            with self._lock:  # the library has this as a property, not as an argument
-                self._library.encode_special_tokens = not special
-                return self._library.encode(text, add_special_tokens=False).ids
-        except Exception as error:  # the library has no exceptions of its own
-            raise InputError(
-                f"tokenizer {self._file}: cannot encode {text[:40]!r} ({_line(error)}); copy the"
-                " file anew from the model"
-            ) from None
+        # The lock: the library has `special` as a property, not as an argument.
+        with _explained(self._file, f"cannot encode {text[:40]!r}"), self._lock:
+            self._library.encode_special_tokens = not special
+            return self._library.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of `ids`.
@@ -140,14 +136,14 @@ class HuggingFaceTokenizer:
 def _open(file: Path) -> tokenizers.Tokenizer:
     if not file.is_file():
         raise InputError(f"tokenizer {file}: no such file; give a tokenizer.json")
-    try:
+    with _explained(file, "not a tokenizer.json"):
         library = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"tokenizer {file}: {error.strerror}; give a readable file") from None
-    except Exception as error:  # the library has no exceptions of its own
+    if any(step.get("stop") for step in _decoder_steps(library)):
+        # The library ends the process's thread on a text shorter than what it should strip.
         raise InputError(
-            f"tokenizer {file}: not a tokenizer.json ({_line(error)}); copy it anew from the model"
-        ) from None
+            f"tokenizer {file}: its decoder strips the end of texts, which is not supported; set"
+            " `stop` of the decoder Strip to 0"
+        )
     library.no_truncation()
     library.no_padding()
     return library
@@ -174,8 +170,15 @@ def _decoder_steps(library: tokenizers.Tokenizer) -> list[dict[str, Any]]:
     decoder: Any = library.decoder
     if decoder is None:
         return []
-    state = json.loads(decoder.__getstate__())
-    return state["decoders"] if state["type"] == "Sequence" else [state]
+    return list(_flat(json.loads(decoder.__getstate__())))
+
+
+def _flat(step: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    if step["type"] != "Sequence":
+        yield step
+    else:
+        for inner in step["decoders"]:
+            yield from _flat(inner)
 
 
 def _is_piecewise(steps: list[dict[str, Any]]) -> bool:
@@ -216,5 +219,16 @@ def _token_bytes(token: str) -> bytes:
     return token.encode()
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+@contextlib.contextmanager
+def _explained(file: Path, failure: str) -> Iterator[None]:
+    """Turns what the library raises into an error that names the file and the failure."""
+    try:
+        yield
+    except BaseException as error:
+        # The library raises plain Exceptions and, where it did not expect a file's content, panics.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"tokenizer {file}: {failure} ({reason}); copy the file anew from the model"
+        ) from None

@@ -39,17 +39,16 @@ class SentencePieceTokenizer:
     def __init__(self, path: str | os.PathLike[str], *, eos_ids: Sequence[int] | None = None):
         file = Path(path)
         self._file = file
-        self._processor, self._continued = _open(file)
-        self._pieces = self._processor.get_piece_size()
+        self._processor, self._continued, self._pieces = _open(file)
         metadata = read_metadata(file.parent)
         self._added = self._added_ids(metadata)
         self._legacy = metadata.legacy
         added_ids = [i for i, _ in self._added.values()]
-        self.vocab_size = max([self._pieces - 1, *added_ids]) + 1
+        self.vocab_size = max([len(self._pieces) - 1, *added_ids]) + 1
         special_ids = self._special_ids()
         own = self._own_special_ids()
         named = {name: token.content for name, token in metadata.named.items()}
-        pieces = {name: self._processor.id_to_piece(i) for name, i in own.items()}
+        pieces = {name: self._pieces[i] for name, i in own.items()}
         self.special_tokens: Mapping[str, str] = pieces | named
         own |= {name: special_ids[text] for name, text in named.items()}
         self.bos_id = own.get("bos_token")
@@ -112,7 +111,7 @@ class SentencePieceTokenizer:
             if i in self._silent:
                 continue
             if i not in self._shown:
-                run.append(i if 0 <= i < self._pieces else self._processor.unk_id())
+                run.append(i if 0 <= i < len(self._pieces) else self._processor.unk_id())
                 continue
             texts += [processor.decode(run), self._shown[i]]
             run, processor = [], self._continued
@@ -130,13 +129,12 @@ class SentencePieceTokenizer:
         def is_boundary(i: int) -> bool:
             if i in silent:
                 return False
-            if 0 <= i < pieces and i not in shown and processor.is_byte(i):
-                decoder.decode(_byte(processor.id_to_piece(i)))
+            is_piece = 0 <= i < len(pieces) and i not in shown
+            if is_piece and processor.is_byte(i):
+                decoder.decode(_byte(pieces[i]))
                 return not decoder.getstate()[0]
             decoder.reset()
-            if not 0 <= i < pieces or i in shown:
-                return True
-            return bool(processor.id_to_piece(i).strip(_SPACE)) and not processor.is_control(i)
+            return not is_piece or (bool(pieces[i].strip(_SPACE)) and not processor.is_control(i))
 
         return is_boundary
 
@@ -154,8 +152,8 @@ class SentencePieceTokenizer:
         """The text and id of everything that `encode(special=True)` looks for."""
         processor = self._processor
         ids = {
-            processor.id_to_piece(i): i
-            for i in range(self._pieces)
+            piece: i
+            for i, piece in enumerate(self._pieces)
             if processor.is_control(i) or processor.is_unknown(i)
         }
         return ids | {text: i for text, (i, _) in self._added.items()}
@@ -163,7 +161,7 @@ class SentencePieceTokenizer:
     def _added_ids(self, metadata: Metadata) -> dict[str, tuple[int, AddedToken]]:
         """Added tokens by text; those without an id get the next free one, or their piece's."""
         known = {token.content: (i, token) for i, token in metadata.added.items()}
-        following = max([self._pieces - 1, *metadata.added]) + 1
+        following = max([len(self._pieces) - 1, *metadata.added]) + 1
         for token in metadata.missing(known):
             i = self._piece_id(token.content)
             if i is None:
@@ -180,7 +178,7 @@ class SentencePieceTokenizer:
 
     def _piece_id(self, text: str) -> int | None:
         i = self._processor.piece_to_id(text)
-        return i if self._processor.id_to_piece(i) == text else None
+        return i if self._pieces[i] == text else None
 
 
 class _Splitter:
@@ -223,20 +221,20 @@ def _byte(piece: str) -> bytes:
 
 def _open(
     file: Path,
-) -> tuple[sentencepiece.SentencePieceProcessor, sentencepiece.SentencePieceProcessor]:
-    """The vocabulary for a text's beginning, and the one for what follows a special piece."""
+) -> tuple[sentencepiece.SentencePieceProcessor, sentencepiece.SentencePieceProcessor, list[str]]:
+    """The vocabulary for a text's beginning, that for what follows a special piece, the pieces."""
     if not file.is_file():
         raise InputError(f"tokenizer {file}: no such file; give a sentencepiece file NAME.model")
-    wrong = (
-        f"tokenizer {file}: not a sentencepiece model; give one, or a folder with tokenizer.json"
-    )
+    wrong = f"tokenizer {file}: not a sentencepiece model; give one, or a tokenizer.json"
     content = file.read_bytes()
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         continued = sentencepiece.SentencePieceProcessor(model_proto=content + _WITHOUT_PREFIX)
-    except RuntimeError:
+        pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
+        processor.decode([processor.unk_id()])
+    except (RuntimeError, UnicodeDecodeError):
         raise InputError(wrong) from None
     # An empty file is no error to sentencepiece: it gives a vocabulary without pieces.
-    if not processor.get_piece_size():
+    if not pieces:
         raise InputError(wrong)
-    return processor, continued
+    return processor, continued, pieces
