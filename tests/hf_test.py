@@ -16,7 +16,6 @@ import pytest
 from jax.sharding import PartitionSpec
 from safetensors.numpy import load_file, save_file
 
-from flowrl_jax import new_folder
 from flowrl_jax.errors import InputError
 from flowrl_jax.models.hf import check_vocabulary, load_policy
 from flowrl_jax.models.hf_files import open_checkpoint
@@ -103,60 +102,6 @@ def test_cast_rounds_to_nearest(tmp_path):
     assert config.dtype == config.param_dtype == jnp.bfloat16
     expected = jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16), params)
     assert_identical(loaded, expected)
-
-
-def test_boxed_parameters_and_a_tokenizer_are_saved(tmp_path):
-    box = lambda x: nn.LogicallyPartitioned(x, (None,) * x.ndim)  # noqa: E731
-    boxed = jax.tree.map(box, random_params(TINY))
-    (tmp_path / "vocabulary.model").write_bytes(b"pieces")
-    save_policy(
-        tmp_path / "deep" / "a",
-        TINY,
-        boxed,
-        tokenizer_path=tmp_path / "vocabulary.model",
-        fields={"eos_token_id": 1, "max_position_embeddings": 512},
-    )
-    assert_identical(load_policy(tmp_path / "deep" / "a")[1], nn.meta.unbox(boxed))
-    assert (tmp_path / "deep" / "a" / "tokenizer.model").read_bytes() == b"pieces"
-    config = json.loads((tmp_path / "deep" / "a" / "config.json").read_text())
-    assert (config["eos_token_id"], config["max_position_embeddings"]) == (1, 512)
-    # The other way to name a tokenizer: a folder that holds one.
-    save_policy(tmp_path / "b", TINY, boxed, tokenizer_path=tmp_path / "deep" / "a")
-    assert (tmp_path / "b" / "tokenizer.model").read_bytes() == b"pieces"
-
-
-def test_interrupted_save_leaves_nothing(tmp_path, monkeypatch):
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(new_folder.os, "rename", stop)
-    with pytest.raises(KeyboardInterrupt):
-        save_policy(tmp_path / "a", TINY, random_params(TINY))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_save_refuses(tmp_path):
-    params = random_params(TINY)
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "precious").write_text("x")
-    (tmp_path / "empty").mkdir()
-    other = dataclasses.replace(TINY, num_layers=3)
-    refused: list[tuple[str, Callable[[], None]]] = [
-        ("exists already", lambda: save_policy(tmp_path / "full", TINY, params)),
-        (r"key: has shape \(2, ", lambda: save_policy(tmp_path / "a", other, params)),
-        ("no tokenizer", lambda: save_policy(tmp_path / "a", TINY, params, tokenizer_path="no")),
-        (
-            "hidden_size",
-            lambda: save_policy(tmp_path / "a", TINY, params, fields={"hidden_size": 1}),
-        ),
-    ]
-    for message, call in refused:
-        with pytest.raises(InputError, match=message):
-            call()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "full"]
-    assert (tmp_path / "full" / "precious").read_text() == "x"
-    save_policy(tmp_path / "empty", TINY, params)
-    assert (tmp_path / "empty" / "model.safetensors").exists()
 
 
 # --- On a mesh

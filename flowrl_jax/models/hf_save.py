@@ -4,9 +4,9 @@ Tensors come to the host one at a time, in every process of a run, and the first
 them. Neither torch nor transformers takes part.
 """
 
-import dataclasses
 import functools
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -191,7 +191,10 @@ def _check_params(config: TransformerConfig, params: Any) -> dict[tuple[str, ...
         tuple(str(getattr(key, "key", key)) for key in path): value
         for path, value in jax.tree_util.tree_flatten_with_path(params)[0]
     }
-    expected = {leaf.path: _held_shape(config, leaf) for leaf in leaves(config)}
+    expected = {
+        leaf.path: (config.num_layers, *leaf.shape) if leaf.stacked else leaf.shape
+        for leaf in leaves(config)
+    }
     for key in sorted(expected.keys() | arrays.keys()):
         found = jnp.shape(arrays[key]) if key in arrays else None
         if expected.get(key) != found:
@@ -200,22 +203,6 @@ def _check_params(config: TransformerConfig, params: Any) -> dict[tuple[str, ...
                 f" asks for {expected.get(key)}; give the config that belongs to the parameters"
             )
     return arrays
-
-
-def _held_shape(config: TransformerConfig, leaf: Leaf) -> tuple[int, ...]:
-    """Shape of a leaf in memory, with the rows that fill the vocabulary up."""
-    if leaf.stacked:
-        return (config.num_layers, *leaf.shape)
-    if not _has_vocabulary(leaf):
-        return leaf.shape
-    rows = getattr(config, "vocab_rows", config.vocab_size)
-    axis = leaf.groups[0][0]
-    return (*leaf.shape[:axis], rows, *leaf.shape[axis + 1 :])
-
-
-def _has_vocabulary(leaf: Leaf) -> bool:
-    """Whether the first axis of a leaf's tensor are the ids."""
-    return leaf.path[0] == "embedding"
 
 
 def _tokenizer_files(path: str | os.PathLike[str] | None) -> dict[str, Path]:
@@ -249,7 +236,7 @@ def _plan_files(
     size = 0
     for leaf, layer in _places(config):
         itemsize = np.dtype(dtype or arrays[leaf.path].dtype).itemsize
-        nbytes = int(np.prod(leaf.shape)) * itemsize
+        nbytes = math.prod(leaf.tensor_shape) * itemsize
         if files[-1] and size + nbytes > shard_bytes:
             files.append([])
             size = 0
@@ -273,8 +260,7 @@ def _write_tensors(
     held: dict[str, np.ndarray] = {}
 
     def hold(leaf: Leaf, layer: int, part: jax.Array) -> None:
-        tensor = _tensor(config, leaf, np.asarray(part))
-        held[leaf.name(layer)] = _cast(leaf.name(layer), tensor, dtype)
+        held[leaf.name(layer)] = _cast(leaf.name(layer), leaf.write(np.asarray(part)), dtype)
 
     for number, tensors in enumerate(files, start=1):
         name = SINGLE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
@@ -304,12 +290,6 @@ def _part(value: Any, layer: int | None) -> Any:
 def _gathered(value: jax.Array, layer: int | None, sharding: NamedSharding) -> jax.Array:
     part = value if layer is None else jax.lax.dynamic_index_in_dim(value, layer, keepdims=False)
     return jax.lax.with_sharding_constraint(part, sharding)
-
-
-def _tensor(config: TransformerConfig, leaf: Leaf, part: np.ndarray) -> np.ndarray:
-    """The tensor of one layer from that layer's part of the leaf."""
-    tensor = dataclasses.replace(leaf, shape=part.shape).write(part)
-    return tensor[: config.vocab_size] if _has_vocabulary(leaf) else tensor
 
 
 def _cast(name: str, tensor: np.ndarray, dtype: str | None) -> np.ndarray:
