@@ -38,7 +38,7 @@ def get_config() -> ml_collections.ConfigDict:
         "dtype": "float32",  # of activations; bfloat16 on TPU and GPU; master weights are float32
         "remat": "full",  # compute a block again in the backward pass: none, dots, full
         "attention": "xla",  # cudnn: flash attention on NVIDIA GPUs, with dtype bfloat16
-        "vocab_size": 0,  # 0: the tokenizer's, rounded up to a multiple of 64
+        "vocab_size": 0,  # 0: the tokenizer's
         "num_layers": 4,  # blocks
         "embed_dim": 128,  # width of the residual stream
         "num_heads": 4,  # query heads
@@ -50,6 +50,11 @@ def get_config() -> ml_collections.ConfigDict:
         "tie_embeddings": True,  # the unembedding is the embedding transposed
         "qkv_bias": False,  # Qwen2 has it
         "init_std": 0.02,  # of the random initialisation
+        "lora": {
+            "rank": 0,  # 0: all weights are trained; 16 to 64 is usual
+            "alpha": 32.0,  # adapters are scaled by alpha / rank
+            "targets": ("query", "key", "value", "out", "gate", "up", "down"),
+        },
     }
     config.tokenizer = {
         "path": "",  # folder, tokenizer.json or .model; empty: model.path, else made for Countdown

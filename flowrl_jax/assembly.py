@@ -15,6 +15,7 @@ from flowrl_jax.errors import InputError
 from flowrl_jax.metric_sinks import FILE_NAME
 from flowrl_jax.models.hf import check_vocabulary, load_policy
 from flowrl_jax.models.hf_config import read_config
+from flowrl_jax.models.lora import with_adapters, without_adapters
 from flowrl_jax.models.transformer import Transformer, TransformerConfig
 from flowrl_jax.objectives.sft import SFTConfig
 from flowrl_jax.optimizer import OptimizerConfig, make_optimizer
@@ -30,7 +31,13 @@ from flowrl_jax.tokenizers import (
     load_tokenizer,
     train_symbol_tokenizer,
 )
-from flowrl_jax.train_step import Learner, abstract_state, check_batch, init_policy
+from flowrl_jax.train_step import (
+    Learner,
+    abstract_policy,
+    abstract_state,
+    check_batch,
+    init_policy,
+)
 
 CHECKPOINTS = "checkpoints"
 TOKENIZER_FILE = "tokenizer.model"
@@ -126,7 +133,7 @@ def assemble(config: Config, workdir: str | os.PathLike[str]) -> Parts:
     """
     layout_mesh = make_mesh(config.mesh)
     tokenizer, eos_ids = _tokenizer(config, Path(workdir))
-    shape = _shape(config, tokenizer)
+    shape = _shape(config, tokenizer, layout_mesh.shape["tensor"])
     return Parts(
         config=config,
         layout=make_layout(layout_mesh, shape.axis_sizes),
@@ -176,9 +183,19 @@ def make_learner(
 def first_policy(parts: Parts, learner: Learner) -> Any:
     """The policy that training starts from, placed on the mesh.
 
+    Where adapters are trained, it stays as it is, and is held in the compute dtype.
+
     Raises:
         InputError: the checkpoint or run folder is missing, damaged or of another shape.
     """
+    shape = parts.model.config
+    policy = _first_policy(parts, learner)
+    if not shape.lora.rank or shape.dtype == shape.param_dtype:
+        return policy
+    return jax.tree.map(lambda x: x.astype(shape.dtype), policy)
+
+
+def _first_policy(parts: Parts, learner: Learner) -> Any:
     model = parts.config.model
     if model.start_from:
         folder = Path(model.start_from) / CHECKPOINTS
@@ -187,10 +204,20 @@ def first_policy(parts: Parts, learner: Learner) -> Any:
                 f"model.start_from={model.start_from!r} holds no checkpoint: name the folder of a"
                 " run, such as one of `python -m flowrl_jax.sft`"
             )
-        return restore_policy(folder, _abstract_policy(learner))[0]
+        return restore_policy(folder, abstract_policy(learner))[0]
     if model.path:
-        return load_policy(model.path, mesh=parts.layout.mesh)[1]
+        return load_pretrained(parts)
     return init_policy(learner, rollout_key(parts.config.seed, INIT_STREAM))
+
+
+def load_pretrained(parts: Parts) -> Any:
+    """The policy of `model.path`, placed on the mesh.
+
+    Raises:
+        InputError: the checkpoint is missing, damaged or of another shape.
+    """
+    path, multiple = parts.config.model.path, parts.model.config.vocab_multiple
+    return load_policy(path, mesh=parts.layout.mesh, vocab_multiple=multiple)[1]
 
 
 def scoring_learner(parts: Parts, *, temperature: float = 1.0) -> Learner:
@@ -219,11 +246,22 @@ def load_run_policy(parts: Parts, run: str | os.PathLike[str], step: int | None 
     learner = scoring_learner(parts)
     if not run:
         return first_policy(parts, learner)
-    return restore_policy(Path(run) / CHECKPOINTS, _abstract_policy(learner), step)[0]
+    trained = abstract_state(learner, num_prompts=1)[0].params["policy"]
+    trained = restore_policy(Path(run) / CHECKPOINTS, trained, step)[0]
+    base = first_policy(parts, learner) if parts.model.config.lora.rank else None
+    return with_adapters(base, trained)
 
 
-def _abstract_policy(learner: Learner) -> Any:
-    return abstract_state(learner, num_prompts=1)[0].params["policy"]
+def reference_of(parts: Parts, policy: Any) -> Any:
+    """The policy that a run started from, placed on the mesh.
+
+    Args:
+        parts: built from the run's config.
+        policy: from `load_run_policy`; where it has adapters, the rest of it is the reference.
+    """
+    if parts.model.config.lora.rank:
+        return without_adapters(policy)
+    return first_policy(parts, scoring_learner(parts))
 
 
 def _tokenizer(config: Config, workdir: Path) -> tuple[Tokenizer, tuple[int, ...]]:
@@ -277,24 +315,30 @@ def _chat(config: Config, tokenizer: Tokenizer) -> ChatTemplate | None:
     return template
 
 
-def _shape(config: Config, tokenizer: Tokenizer) -> TransformerConfig:
+def _shape(config: Config, tokenizer: Tokenizer, tensor_shards: int) -> TransformerConfig:
     model = config.model
-    computing = {"dtype": DTYPES[model.dtype], "remat": model.remat, "attention": model.attention}
+    computing = {
+        "dtype": DTYPES[model.dtype],
+        "remat": model.remat,
+        "attention": model.attention,
+        "lora": model.lora,
+        "vocab_multiple": math.lcm(_VOCAB_MULTIPLE, tensor_shards),
+    }
     try:
         if model.path:
             shape = dataclasses.replace(read_config(Path(model.path)), **computing)
         else:
             fields = {field.name for field in dataclasses.fields(TransformerConfig)}
-            given = {k: v for k, v in dataclasses.asdict(model).items() if k in fields}
-            if not model.vocab_size:
-                given["vocab_size"] = -(-tokenizer.vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+            given = {k: v for k, v in vars(model).items() if k in fields}
+            given["vocab_size"] = model.vocab_size or tokenizer.vocab_size
             shape = TransformerConfig(**(given | computing))
+        check_vocabulary(tokenizer.vocab_size, shape)
+        # Ids without a text are of no use to anybody.
+        return dataclasses.replace(shape, num_tokens=tokenizer.vocab_size)
     except InputError:
         raise
     except ValueError as error:
         raise InputError(str(error)) from error
-    check_vocabulary(tokenizer.vocab_size, shape)
-    return shape
 
 
 def configure_jax(cache_dir: str | None = None) -> None:

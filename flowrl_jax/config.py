@@ -16,6 +16,7 @@ from flowrl_jax.checkpoint import CheckpointConfig
 from flowrl_jax.datasets.pipeline import DataConfig
 from flowrl_jax.errors import InputError
 from flowrl_jax.metric_sinks import MetricsConfig
+from flowrl_jax.models.lora import LoraConfig
 from flowrl_jax.objectives import OBJECTIVES
 from flowrl_jax.optimizer import OptimizerConfig
 from flowrl_jax.sharding import MeshConfig
@@ -43,8 +44,7 @@ class ModelConfig:
         dtype: of activations, "float32" or "bfloat16"; master weights are float32 either way.
         remat: "none", "dots" or "full", see `TransformerConfig`.
         attention: "xla" or "cudnn".
-        vocab_size: rows of the embedding; 0 means the tokenizer's size, rounded up to a multiple
-            of 64 so that it can be cut over devices.
+        vocab_size: ids of the model; 0 means the tokenizer's.
         num_layers: blocks.
         embed_dim: width of the residual stream.
         num_heads: query heads.
@@ -56,6 +56,7 @@ class ModelConfig:
         tie_embeddings: whether the unembedding is the embedding transposed.
         qkv_bias: whether query, key and value have a bias.
         init_std: of the random initialisation.
+        lora: adapters to train in place of the weights, see `LoraConfig`.
     """
 
     path: str = ""
@@ -75,6 +76,7 @@ class ModelConfig:
     tie_embeddings: bool = True
     qkv_bias: bool = False
     init_std: float = 0.02
+    lora: LoraConfig = LoraConfig()
 
     def __post_init__(self):
         _require(

@@ -32,12 +32,12 @@ from flowrl_jax.assembly import (
     Parts,
     assemble,
     configure_jax,
+    load_pretrained,
     load_run_policy,
 )
 from flowrl_jax.checkpoint import CheckpointConfig, Checkpointer, restore_host, restore_log_z
 from flowrl_jax.config import Config
 from flowrl_jax.errors import InputError
-from flowrl_jax.models.hf import load_policy
 from flowrl_jax.models.hf_fields import read_json
 from flowrl_jax.models.hf_save import (
     DTYPES,
@@ -128,7 +128,7 @@ def import_checkpoint(config: Config, out: str | Path) -> None:
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, start_from=""))
     check_new(out)
     parts = assemble(config, out)
-    _, policy = load_policy(config.model.path, mesh=parts.layout.mesh)
+    policy = load_pretrained(parts)
     zero = jax.device_put(jnp.zeros((), jnp.int32), parts.layout.replicated)
     # Nothing has been learned: there is no log Z yet, and no moment.
     state = TrainState(zero, {"policy": policy, "log_z": {}}, {}, zero)

@@ -16,8 +16,8 @@ from flowrl_jax.assembly import (
     Parts,
     assemble,
     configure_jax,
-    first_policy,
     load_run_policy,
+    reference_of,
     scoring_learner,
 )
 from flowrl_jax.config import Config, EvalConfig
@@ -141,7 +141,7 @@ def evaluate(config: Config, run: str | Path, out: str | Path | None = None) -> 
         parts = assemble(config, Path(run or scratch))
     evaluator = Evaluator(parts, config.eval)
     policy = load_run_policy(parts, run)
-    reference = first_policy(parts, scoring_learner(parts)) if run else policy
+    reference = reference_of(parts, policy) if run else policy
     name = f"evaluate {Path(run).name}" if run else "evaluate"
     with Progress(evaluator.num_prompts, name, unit="prompt") as progress:
         records = evaluator.records(policy, reference, progress)

@@ -114,7 +114,10 @@ def sft(config: Config, workdir: str | Path) -> None:
     arrays_of(1)  # raises before anything compiles if demonstrations are too long
     save_settings(workdir, config)
     key = rollout_key(config.seed, INIT_STREAM)
-    state: Any = init_state(learner, 1, key, first_policy(parts, learner))
+    policy = first_policy(parts, learner)
+    state: Any = init_state(learner, 1, key, policy)
+    base = (policy,) if parts.model.config.lora.rank else ()
+    del policy
     step_program = make_train_step(learner, 1)
     with (
         Checkpointer(workdir / CHECKPOINTS, CheckpointConfig(every=0, keep=1)) as checkpointer,
@@ -123,7 +126,7 @@ def sft(config: Config, workdir: str | Path) -> None:
     ):
         for step in range(1, settings.steps + 1):
             batch = TrainBatch(**parts.layout.put_batch(arrays_of(step)))
-            state, metrics = step_program(state, batch, key)
+            state, metrics = step_program(state, batch, key, *base)
             names = ("loss", "grad_norm", "skipped_steps")
             writer.write(step, {}, {f"sft/{name}": metrics[name] for name in names})
             progress.update()

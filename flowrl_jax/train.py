@@ -36,6 +36,7 @@ from flowrl_jax.errors import InputError
 from flowrl_jax.evaluate import Evaluator
 from flowrl_jax.learning_batch import make_learning_batch, make_minibatch
 from flowrl_jax.metrics import CompileCounter, MetricWriter
+from flowrl_jax.models.lora import with_adapters
 from flowrl_jax.objectives import objective_of
 from flowrl_jax.progress import Progress
 from flowrl_jax.rollouts import check_prompts, encode_rows, grade, responses, sample
@@ -65,6 +66,7 @@ class Loop:
         programs: the jitted programs by name.
         evaluator: of held-out prompts; None where the run is not evaluated.
         reference: parameters of the reference policy; None where the objective has none.
+        base: the frozen weights, where adapters are trained; the reference is the same arrays.
     """
 
     parts: Parts
@@ -74,6 +76,11 @@ class Loop:
     programs: dict[str, Any]
     evaluator: Evaluator | None
     reference: Any = None
+    base: Any = None
+
+    def policy(self, state: TrainState) -> Any:
+        """All weights of the policy, adapters among them."""
+        return with_adapters(self.base, state.params["policy"])
 
     def collect(
         self, params: Any, step: int, position: int
@@ -94,7 +101,7 @@ class Loop:
     ) -> tuple[TrainState, dict[str, float], dict[str, jax.Array]]:
         """Judges a rollout and takes the optimiser's steps on it."""
         config = self.parts.config
-        policy = state.params["policy"]
+        policy = self.policy(state)
         score = self.programs["score"]
         arrays = (rollout.tokens, rollout.prompt_mask, rollout.response_mask)
         # Both are dispatched before the host judges, so that device and host work together.
@@ -113,7 +120,8 @@ class Loop:
         updates = config.train.updates_per_rollout
         for i in range(config.updates):
             minibatch = self.programs["minibatch"](batch, i % updates) if updates > 1 else batch
-            state, step_metrics = self.programs["train_step"](state, minibatch, key)
+            base = () if self.base is None else (self.base,)
+            state, step_metrics = self.programs["train_step"](state, minibatch, key, *base)
             metrics = _merge(metrics, step_metrics, i)
         return state, {"rollout/reward_mean": float(np.mean(rewards))}, metrics
 
@@ -226,9 +234,11 @@ def _start(loop: Loop, checkpointer: Checkpointer) -> tuple[TrainState, int, int
         abstract, _ = abstract_state(learner, num_prompts)
         state, host, first = checkpointer.restore(abstract)
         position = host["position"]
-    if state is None or needs_reference:
+    adapters = learner.model.config.lora.rank > 0
+    if state is None or needs_reference or adapters:
         policy = first_policy(loop.parts, learner)
         loop.reference = policy if needs_reference else None
+        loop.base = policy if adapters else None
         if state is None:
             key = rollout_key(config.seed, INIT_STREAM)
             state = init_state(learner, num_prompts, key, policy)
@@ -249,10 +259,10 @@ def _run_steps(
     config, evaluator = loop.parts.config, loop.evaluator
     dropout_key = rollout_key(config.seed, DROPOUT_STREAM)
     if evaluator and first == 0:
-        writer.write(0, evaluator.metrics(state.params["policy"], loop.reference))
+        writer.write(0, evaluator.metrics(loop.policy(state), loop.reference))
     for step in range(first + 1, config.steps + 1):
         begin = time.perf_counter()
-        rows, rollout, metrics = loop.collect(state.params["policy"], step, position)
+        rows, rollout, metrics = loop.collect(loop.policy(state), step, position)
         position += config.rollout.prompts_per_step
         lengths = local_rows(rollout.response_mask).sum(axis=1)
         sampled = time.perf_counter()
@@ -269,7 +279,7 @@ def _run_steps(
         progress.update(reward=f"{judged['rollout/reward_mean']:.3f}")
         evaluation: dict[str, float] = {}
         if evaluator and (step % config.eval.every == 0 or step == config.steps):
-            evaluation = evaluator.metrics(state.params["policy"], loop.reference)
+            evaluation = evaluator.metrics(loop.policy(state), loop.reference)
             writer.write(step, evaluation)
         last = step == config.steps or terminated.is_set()
         if last or checkpointer.should_save(step):

@@ -12,6 +12,7 @@ import optax
 
 from flowrl_jax.logprobs import token_logprobs
 from flowrl_jax.models.log_z import LogZHead, init_log_z, pool_prompt
+from flowrl_jax.models.lora import init_lora, with_adapters
 from flowrl_jax.models.transformer import Transformer, init_params
 from flowrl_jax.objectives import objective_of
 from flowrl_jax.objectives.flowrl import FlowRLConfig, log_z_target
@@ -105,10 +106,11 @@ def _log_z(learner: Learner, params, hidden, batch: TrainBatch, target, key) -> 
     return log_z
 
 
-def _loss_sums(params, batch: TrainBatch, key: jax.Array, learner: Learner):
+def _loss_sums(params, batch: TrainBatch, key: jax.Array, learner: Learner, base: Any):
     """Numerator of the loss over some rows; denominator, metrics and log Z targets beside it."""
+    policy = with_adapters(base, params["policy"])
     logprobs, hidden = _response_logprobs(
-        learner, params["policy"], batch.tokens, batch.prompt_mask, batch.response_mask
+        learner, policy, batch.tokens, batch.prompt_mask, batch.response_mask
     )
     mask = batch.response_mask
     arrays = {
@@ -192,19 +194,21 @@ def _combine(metrics: Metrics) -> Metrics:
     }
 
 
-def _gradients(learner: Learner, params: Any, batch: TrainBatch, key: jax.Array):
+def _gradients(learner: Learner, params: Any, batch: TrainBatch, key: jax.Array, base: Any):
     """Gradient of the batch's mean loss, its metrics and the log Z targets with their prompts."""
     micro_batches = _split_rows(batch, learner)
     count = micro_batches.reward.shape[0]
     value_and_grad = jax.value_and_grad(_loss_sums, has_aux=True)
 
     def accumulate(sums, micro_batch):
-        (loss, (weight, metrics, target)), grads = value_and_grad(params, micro_batch, key, learner)
+        (loss, (weight, metrics, target)), grads = value_and_grad(
+            params, micro_batch, key, learner, base
+        )
         return jax.tree.map(jnp.add, sums, (loss, weight, grads)), (metrics, target)
 
     if count == 1:
         rows = jax.tree.map(lambda x: x[0], micro_batches)
-        (loss, (weight, metrics, target)), grads = value_and_grad(params, rows, key, learner)
+        (loss, (weight, metrics, target)), grads = value_and_grad(params, rows, key, learner, base)
     else:
         zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), jnp.float32(0), params))
         (loss, weight, grads), (metrics, target) = jax.lax.scan(accumulate, zeros, micro_batches)
@@ -219,7 +223,7 @@ def _gradients(learner: Learner, params: Any, batch: TrainBatch, key: jax.Array)
 
 
 def train_step(
-    state: TrainState, batch: TrainBatch, key: jax.Array, *, learner: Learner
+    state: TrainState, batch: TrainBatch, key: jax.Array, base: Any = None, *, learner: Learner
 ) -> tuple[TrainState, Metrics]:
     """One optimiser step.
 
@@ -229,6 +233,7 @@ def train_step(
         state: parameters and optimiser; its buffers are donated by `make_train_step`.
         batch: the rows to learn from.
         key: dropout noise of the log Z head; folded with the step and each row.
+        base: the frozen weights that the policy's adapters belong to, if it has any.
         learner: what is fixed.
 
     Returns:
@@ -246,7 +251,7 @@ def train_step(
         prompt_id=jnp.zeros_like(rows) if batch.prompt_id is None else batch.prompt_id,
         row_id=rows if batch.row_id is None else batch.row_id,
     )
-    grads, metrics, (prompt_id, target) = _gradients(learner, state.params, batch, key)
+    grads, metrics, (prompt_id, target) = _gradients(learner, state.params, batch, key, base)
     updates, opt_state = learner.optimizer.update(grads, state.opt_state, state.params)
     params: Any = optax.apply_updates(state.params, updates)
     if target is not None and learner.log_z is not None and learner.log_z.kind == "table":
@@ -291,9 +296,21 @@ def abstract_state(learner: Learner, num_prompts: int) -> tuple[TrainState, Trai
     return shapes, shardings
 
 
+def abstract_policy(learner: Learner) -> Any:
+    """Shapes of all the policy's weights, adapters aside, and where each of them lives."""
+    boxed = jax.eval_shape(lambda: init_params(learner.model.config, jax.random.key(0)))
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        nn.unbox(boxed),
+        learner.layout.tree_shardings(boxed),
+    )
+
+
 def _init(learner: Learner, num_prompts: int, key: jax.Array, policy: Any = None) -> TrainState:
     policy_key, log_z_key = jax.random.split(key)
     config = learner.model.config
+    if config.lora.rank:
+        policy = init_lora(config, policy_key)
     params = {
         "policy": init_params(config, policy_key) if policy is None else policy,
         "log_z": init_log_z(learner.log_z, config.embed_dim, num_prompts, log_z_key),
@@ -311,9 +328,9 @@ def init_policy(learner: Learner, key: jax.Array) -> Any:
         learner: what is fixed.
         key: of the random initialisation.
     """
-    _, shardings = abstract_state(learner, num_prompts=1)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_policy(learner))
     make = lambda key: nn.unbox(init_params(learner.model.config, jax.random.split(key)[0]))  # noqa: E731
-    return jax.jit(make, out_shardings=shardings.params["policy"])(key)
+    return jax.jit(make, out_shardings=shardings)(key)
 
 
 def init_state(
@@ -325,9 +342,12 @@ def init_state(
         learner: what is fixed.
         num_prompts: size of a log Z table.
         key: of the random initialisation.
-        policy: parameters to start from instead of random ones, unboxed, any sharding.
+        policy: parameters to start from instead of random ones, unboxed, any sharding. With
+            adapters the state holds these alone, and the policy is `train_step`'s `base`.
     """
     _, shardings = abstract_state(learner, num_prompts)
+    if learner.model.config.lora.rank:
+        policy = None
     if policy is not None:
         policy = jax.device_put(policy, shardings.params["policy"])
 
@@ -340,17 +360,23 @@ def init_state(
 
 
 def make_train_step(learner: Learner, num_prompts: int) -> Callable:
-    """The jitted `train_step` over the learner's mesh; it donates the state it is given."""
+    """The jitted `train_step` over the learner's mesh; it donates the state it is given.
+
+    A policy with adapters wants its frozen weights as a fourth argument.
+    """
     _, state_shardings = abstract_state(learner, num_prompts)
     layout = learner.layout
+    in_shardings: tuple[Any, ...] = (state_shardings, layout.batch, layout.replicated)
+    if learner.model.config.lora.rank:
+        in_shardings += (jax.tree.map(lambda x: x.sharding, abstract_policy(learner)),)
 
-    def step(state, batch, key):
+    def step(state, batch, key, *base):
         with layout.activate():
-            return train_step(state, batch, key, learner=learner)
+            return train_step(state, batch, key, *base, learner=learner)
 
     return jax.jit(
         step,
-        in_shardings=(state_shardings, layout.batch, layout.replicated),
+        in_shardings=in_shardings,
         out_shardings=(state_shardings, layout.replicated),
         donate_argnums=0,
     )

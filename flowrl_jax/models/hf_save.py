@@ -265,7 +265,7 @@ def _write_tensors(
     for number, tensors in enumerate(files, start=1):
         name = SINGLE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
         for leaf, layer in tensors:
-            part = _part(arrays[leaf.path], layer if leaf.stacked else None)
+            part = held_part(arrays[leaf.path], layer if leaf.stacked else None)
             # Each failure is heard of everywhere before the next tensor, or others would wait.
             in_first_process(functools.partial(hold, leaf, layer, part))
             on_tensor()
@@ -278,7 +278,7 @@ def _write_tensors(
         in_first_process(lambda: write_json(folder / INDEX, index))
 
 
-def _part(value: Any, layer: int | None) -> Any:
+def held_part(value: Any, layer: int | None) -> Any:
     """One layer of a stacked leaf, or a whole leaf, as an array that this process can read."""
     if isinstance(value, jax.Array) and not value.is_fully_addressable:
         replicated = NamedSharding(value.sharding.mesh, PartitionSpec())  # type: ignore[attr-defined]

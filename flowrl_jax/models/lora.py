@@ -142,3 +142,41 @@ def with_adapters(base: Mapping[str, Any] | None, trained: Mapping[str, Any]) ->
     for name, value in trained.items():
         merged[name] = with_adapters(base[name], value) if name in base else value
     return merged
+
+
+def without_adapters(policy: Mapping[str, Any]) -> Any:
+    """The frozen weights of a policy from `with_adapters`."""
+    return {
+        name: without_adapters(value) if isinstance(value, Mapping) else value
+        for name, value in policy.items()
+        if not name.endswith(("_lora_a", "_lora_b"))
+    }
+
+
+def merged(policy: Mapping[str, Any], config: LoraConfig) -> Any:
+    """A policy whose adapters have been added to their kernels.
+
+    Args:
+        policy: from `with_adapters`.
+        config: of the adapters.
+
+    Returns:
+        Weights in the adapters' dtype where a kernel had one, and as they were elsewhere: what
+        serves without adapters, up to rounding.
+    """
+    result = {}
+    for name, value in without_adapters(policy).items():
+        if isinstance(value, Mapping):
+            value = merged(policy[name], config)
+        elif a_name(name) in policy:
+            value = _add(value, policy[a_name(name)], policy[b_name(name)], config.scale)
+        result[name] = value
+    return result
+
+
+@jax.jit
+def _add(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    """`W + scale A B` of stacked layers, in the dtype of A."""
+    layers, rank = a.shape[0], a.shape[-1]
+    product = a.reshape(layers, -1, rank) @ b.reshape(layers, rank, -1)
+    return kernel.astype(a.dtype) + scale * product.reshape(kernel.shape)
