@@ -102,6 +102,9 @@ def export_run(
             dtype=dtype,
             on_tensor=progress.update,
         )
+        if parts.chat is not None and config.tokenizer.chat_template:
+            # Goes before the one of the tokenizer, which the policy was not trained with.
+            in_first_process(functools.partial(_write_template, folder, parts.chat.source))
         if log_z and log_z_config is not None:
             write = functools.partial(
                 _write_log_z, folder / LOG_Z_FOLDER, log_z, log_z_config, step
@@ -183,6 +186,10 @@ def _check_log_z(config: LogZConfig | None, params: Any, embed_dim: int) -> None
             f"the checkpoint's log Z has {', '.join(sorted(found))}, which is not what loss.log_z"
             " describes: give the settings of the run that wrote it"
         )
+
+
+def _write_template(folder: Path, source: str) -> None:
+    (folder / "chat_template.jinja").write_text(source, encoding="utf-8")
 
 
 def _write_log_z(folder: Path, params: Any, config: LogZConfig, step: int) -> None:

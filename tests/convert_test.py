@@ -219,7 +219,7 @@ def test_export_of_an_import_is_bit_identical(tmp_path):
     assert_same_bits(tensors(tmp_path / "half"), tensors(source()))
     for name in ("config.json", "generation_config.json"):
         found, expected = (read_json(folder / name) for folder in (tmp_path / "half", source()))
-        assert found == expected | {"bos_token_id": 1} if name != "config.json" else expected
+        assert found == (expected | {"bos_token_id": 1} if name.startswith("gen") else expected)
     assert not (tmp_path / "half" / "log_z").exists()
     # As it is trained, in float32, the numbers are the same too.
     export_run(settings(imported()), imported(), tmp_path / "whole")
@@ -246,6 +246,16 @@ def test_ends_of_the_run_go_before_those_of_the_source(tmp_path):
     assert read_json(tmp_path / "a" / "config.json")["eos_token_id"] == [5, 6]
     generation = read_json(tmp_path / "a" / "generation_config.json")
     assert generation["eos_token_id"] == [5, 6] and generation["temperature"] == 0.6
+
+
+def test_template_of_the_run_goes_along(tmp_path):
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}:"
+    (tmp_path / "own.jinja").write_text(template)
+    changes = {"tokenizer__chat": True, "tokenizer__chat_template": tmp_path / "own.jinja"}
+    export_run(tiny_run(model__path=source(), **changes), imported(), tmp_path / "a")
+    assert (tmp_path / "a" / "chat_template.jinja").read_text() == template
+    export_run(tiny_run(model__path=source()), imported(), tmp_path / "b")
+    assert not (tmp_path / "b" / "chat_template.jinja").exists()
 
 
 def test_stories_go_in_and_out(shared_data, parity_packages, tmp_path):

@@ -42,6 +42,7 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",
     GENERATION_FILE,
 )
 # Entries of config.json about the files themselves, which export writes anew.

@@ -37,11 +37,15 @@ class ChatTemplate:
         special_tokens: texts it knows by name, "bos_token" and the like.
         name: where it is from, for messages.
 
+    Attributes:
+        source: the template, in Jinja.
+
     Raises:
         InputError: it is not Jinja.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], *, name: str):
+        self.source = source
         self._name = name
         self._special_tokens = dict(special_tokens)
         try:
