@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 from flowrl_jax.errors import InputError
+from flowrl_jax.models import hf, hf_names
 from flowrl_jax.models.hf import check_vocabulary, load_policy
 from flowrl_jax.models.hf_files import open_checkpoint
 from flowrl_jax.models.hf_names import leaves
@@ -157,24 +158,36 @@ def everything(config: TransformerConfig = TINY) -> TransformerConfig:
 
 
 @pytest.mark.parametrize("leaf", leaves(everything()), ids=lambda leaf: leaf.path[-1])
-def test_parts_of_a_tensor_are_parts_of_the_leaf(leaf, tmp_path):
+def test_parts_of_a_tensor_are_parts_of_the_leaf(leaf, tmp_path, monkeypatch):
     """A leaf's tensor holds all of it; any part of the tensor is read, and nothing beyond."""
     value = np.zeros(leaf.shape, np.float32)
     value[tuple(slice(size) for size in leaf.saved)] = np.random.default_rng(0).random(leaf.saved)
     tensor = leaf.write(value)
     assert tensor.shape == leaf.tensor_shape and tensor.flags.c_contiguous
     save_file({"other": np.ones(5, np.float32), leaf.name(0): tensor}, tmp_path / FILE)
+    cuts = [
+        tuple(slice(0, n) for n in leaf.shape),
+        tuple(slice(0, n) if n == TINY.head_dim else slice(n // 2, n) for n in leaf.shape),
+        # Within a head too the values are right, though no mesh cuts there.
+        tuple(slice(1, n - 1 if n > 2 else n) for n in leaf.shape),
+    ]
     with open_checkpoint(tmp_path) as checkpoint:
-        whole = tuple(slice(0, size) for size in leaf.padded_shape)
-        padded = checkpoint.read(leaf.name(0), whole)
-        np.testing.assert_array_equal(leaf.from_tensor(padded), value)
-        for first, last in ((0, 1), (1, 3), (0.5, 1), (1, 1)):
-            start = lambda n, x: int(x * n) if isinstance(x, float) else x  # noqa: E731
-            cut = tuple(
-                slice(min(start(n, first), n), n if last == 1 else min(last, n))
-                for n in leaf.padded_shape
-            )
-            np.testing.assert_array_equal(checkpoint.read(leaf.name(0), cut), padded[cut])
+        for pieces in (7, 2**19):
+            monkeypatch.setattr(hf_names, "_PIECE_ELEMENTS", pieces)
+            for cut in cuts:
+                part = leaf.read(
+                    lambda index: checkpoint.read(leaf.name(0), index), cut, np.dtype(np.float32)
+                )
+                np.testing.assert_array_equal(part, value[cut])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+def test_numbers_that_are_not_finite_are_seen(value, dtype):
+    numbers = np.random.default_rng(0).normal(0, 1e3, 50).astype(dtype)
+    assert hf._all_finite(numbers)
+    numbers[37] = value
+    assert not hf._all_finite(numbers)
 
 
 def test_vocabulary_is_padded_for_the_mesh_and_saved_without(tmp_path):

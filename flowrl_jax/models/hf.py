@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -148,67 +149,75 @@ def _load_leaf(
     checkpoint: Checkpoint, leaf: Leaf, config: TransformerConfig, sharding: NamedSharding | None
 ) -> jax.Array:
     """Reads one leaf, all layers of it, into its devices."""
-    place = _placer(leaf, config.num_layers, np.dtype(config.param_dtype), sharding)
-    tensor_sharding = None if sharding is None else _tensor_sharding(leaf, sharding)
-    buffer = None
-    for layer in range(config.num_layers if leaf.stacked else 1):
-        name = leaf.name(layer)
-        tensor = _read_tensor(checkpoint, name, leaf.padded_shape, tensor_sharding)
-        buffer, finite = place(buffer, tensor, layer)
-        # To wait here also keeps reading from running ahead of the devices' memory.
-        if not bool(finite):
-            dtype = np.dtype(config.param_dtype)
-            raise checkpoint.error(
-                name,
-                f"holds numbers that are not finite in {dtype}; download it again, or load"
-                " it in a wider dtype",
-            )
-    assert buffer is not None
+    dtype = np.dtype(config.param_dtype)
+    if not leaf.stacked:
+        return _read_layer(checkpoint, leaf, 0, dtype, sharding)
+    layer_sharding = None
+    if sharding is not None:
+        layer_sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    place = _placer(sharding)
+    shape = (config.num_layers, *leaf.shape)
+    buffer = jnp.zeros(shape, dtype, device=sharding)
+    for layer in range(config.num_layers):
+        value = _read_layer(checkpoint, leaf, layer, dtype, layer_sharding)
+        # To wait keeps reading from running ahead of the devices' memory.
+        buffer = jax.block_until_ready(place(buffer, value, layer))
     return buffer
 
 
-def _tensor_sharding(leaf: Leaf, sharding: NamedSharding) -> NamedSharding:
-    """The sharding of one layer's tensor that lays its parts where the leaf has them."""
-    spec = tuple(sharding.spec) + (None,) * (len(leaf.shape) + leaf.stacked - len(sharding.spec))
-    spec = spec[1:] if leaf.stacked else spec
-    return NamedSharding(sharding.mesh, PartitionSpec(*(spec[group[0]] for group in leaf.groups)))
-
-
-def _read_tensor(
-    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], sharding: NamedSharding | None
+def _read_layer(
+    checkpoint: Checkpoint,
+    leaf: Leaf,
+    layer: int,
+    dtype: np.dtype,
+    sharding: NamedSharding | None,
 ) -> jax.Array:
-    """A tensor as the file has it; each device gets its part."""
-    parts: dict[tuple[slice, ...], np.ndarray] = {}
+    """One layer of a leaf; each device gets its part.
+
+    Raises:
+        InputError: a number is not finite in the dtype, or the file ended early.
+    """
+    name = leaf.name(layer)
+    parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
     def part(index: Any) -> np.ndarray:
-        bounds = tuple(slice(*s.indices(size)[:2]) for s, size in zip(index, shape, strict=True))
-        key = tuple((s.start, s.stop) for s in bounds)
-        if key not in parts:  # several devices may hold the same part
-            parts[key] = checkpoint.read(name, bounds)
-        return parts[key]
+        bounds = tuple(s.indices(size)[:2] for s, size in zip(index, leaf.shape, strict=True))
+        if bounds not in parts:  # several devices may hold the same part
+            slices = tuple(slice(*b) for b in bounds)
+            parts[bounds] = leaf.read(lambda i: checkpoint.read(name, i), slices, dtype)
+            if not _all_finite(parts[bounds]):
+                raise checkpoint.error(
+                    name,
+                    f"holds numbers that are not finite in {dtype}; download it again, or load"
+                    " it in a wider dtype",
+                )
+        return parts[bounds]
 
     if sharding is None:
-        return jnp.asarray(part((slice(None),) * len(shape)))
-    return jax.make_array_from_callback(shape, sharding, part)
+        return jnp.asarray(part((slice(None),) * len(leaf.shape)))
+    return jax.make_array_from_callback(leaf.shape, sharding, part)
 
 
-@functools.lru_cache(maxsize=256)
-def _placer(leaf: Leaf, layers: int, dtype: np.dtype, sharding: NamedSharding | None) -> Any:
-    """A jitted `(buffer or None, tensor, layer) -> (buffer, whether all of it is finite)`.
+def _all_finite(x: np.ndarray) -> bool:
+    """Whether no number has an exponent of ones; by bits, since ml_dtypes' own test is slow."""
+    info = ml_dtypes.finfo(x.dtype)
+    ones = ((1 << info.nexp) - 1) << info.nmant
+    bits = x.reshape(-1).view(f"u{x.dtype.itemsize}")
+    step = 2**20
+    return not any(((bits[i : i + step] & ones) == ones).any() for i in range(0, x.size, step))
 
-    The buffer is the leaf, of which the layer is written in place; without one it is made.
+
+@functools.lru_cache(maxsize=64)
+def _placer(sharding: NamedSharding | None) -> Any:
+    """A jitted `(buffer, layer's value, layer) -> buffer` that writes in place.
+
+    It moves bits: XLA's CPU backend copies bfloat16 numbers one by one, integers by the vector.
     """
 
-    def place(buffer, tensor, layer):
-        value = leaf.from_tensor(tensor).astype(dtype)
-        finite = jnp.isfinite(value).all()
-        if not leaf.stacked:
-            return value, finite
-        if buffer is None:
-            buffer = jnp.zeros((layers, *leaf.shape), dtype)
-        return jax.lax.dynamic_update_index_in_dim(buffer, value, layer, 0), finite
+    def place(buffer, value, layer):
+        kind = jnp.dtype(f"u{buffer.dtype.itemsize}")
+        bits, new = (jax.lax.bitcast_convert_type(x, kind) for x in (buffer, value))
+        bits = jax.lax.dynamic_update_index_in_dim(bits, new, layer, 0)
+        return jax.lax.bitcast_convert_type(bits, buffer.dtype)
 
-    shardings = None
-    if sharding is not None:
-        shardings = (sharding, NamedSharding(sharding.mesh, PartitionSpec()))
-    return jax.jit(place, donate_argnums=0, out_shardings=shardings)
+    return jax.jit(place, donate_argnums=0, out_shardings=sharding)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -18,6 +18,7 @@ Index = tuple[slice, ...]
 
 # A linear layer of torch is `[out, in]`, ours `[in, out]`; either side may be several axes here.
 _INPUT_AXES = {"out": 2}
+_PIECE_ELEMENTS = 2**19
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,15 +48,7 @@ class Leaf:
     @property
     def tensor_shape(self) -> tuple[int, ...]:
         """Shape of the tensor of one layer."""
-        return self._merged(self.saved)
-
-    @property
-    def padded_shape(self) -> tuple[int, ...]:
-        """Shape of the tensor of one layer, with the rows that pad the vocabulary."""
-        return self._merged(self.shape)
-
-    def _merged(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(math.prod(shape[axis] for axis in group) for group in self.groups)
+        return tuple(math.prod(self.saved[axis] for axis in group) for group in self.groups)
 
     @property
     def _order(self) -> tuple[int, ...]:
@@ -66,14 +59,41 @@ class Leaf:
         """Name of the tensor of a layer; the layer is ignored where the leaf is not stacked."""
         return self.tensor.format(layer)
 
-    def from_tensor(self, tensor: Any) -> Any:
-        """One layer of the leaf.
+    def read(
+        self, read_tensor: Callable[[Index], np.ndarray], index: Index, dtype: np.dtype
+    ) -> np.ndarray:
+        """A part of one layer of the leaf, read in pieces that stay in the processor's cache.
 
         Args:
-            tensor: of the shape `padded_shape`; a numpy or a jax array.
+            read_tensor: gives a part of the tensor for one slice per axis, zeros beyond its end.
+            index: one slice with start and stop per axis of `shape`.
+            dtype: that the part is cast to.
         """
-        split = tensor.reshape([self.shape[axis] for axis in self._order])
-        return split.transpose([self._order.index(axis) for axis in range(len(self.shape))])
+        part = np.empty([s.stop - s.start for s in index], dtype)
+        (first, *inner), *others = self.groups
+        unit = math.prod(self.shape[axis] for axis in inner)
+        columns = [self._span(group, index) for group in others]
+        width = math.prod(s.stop - s.start for s in columns)
+        count = max(_PIECE_ELEMENTS // (unit * width), 1)
+        for start in range(index[first].start, index[first].stop, count):
+            stop = min(start + count, index[first].stop)
+            piece = read_tensor((slice(start * unit, stop * unit), *columns))
+            target = [slice(None)] * part.ndim
+            target[first] = slice(start - index[first].start, stop - index[first].start)
+            # The axis that is cut into pieces, and those first in a group, are cut already.
+            done = {group[0] for group in self.groups}
+            shape = [stop - start] + [
+                part.shape[axis] if axis in done else self.shape[axis] for axis in self._order[1:]
+            ]
+            rest = tuple(slice(None) if axis in done else index[axis] for axis in self._order)
+            piece = _cast(piece, dtype).reshape(shape)[rest]
+            _raw(part)[tuple(target)] = _raw(piece).transpose(np.argsort(self._order))
+        return part
+
+    def _span(self, group: tuple[int, ...], index: Index) -> slice:
+        """What a part takes of the axis of the tensor that a group merges into."""
+        unit = math.prod(self.shape[axis] for axis in group[1:])
+        return slice(index[group[0]].start * unit, index[group[0]].stop * unit)
 
     def write(self, part: np.ndarray) -> np.ndarray:
         """The tensor of one layer, contiguous, from that layer's part of the leaf."""
@@ -119,3 +139,13 @@ def _groups(path: tuple[str, ...], rank: int) -> tuple[tuple[int, ...], ...]:
         return (axes,)
     into = _INPUT_AXES.get(path[-1], 1)
     return axes[into:], axes[:into]
+
+
+def _cast(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore", invalid="ignore"):
+        return x.astype(dtype, copy=False)
+
+
+def _raw(x: np.ndarray) -> np.ndarray:
+    """The array as integers of its width: numpy copies them several times faster than bfloat16."""
+    return x.view(f"u{x.dtype.itemsize}")
