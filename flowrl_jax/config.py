@@ -16,7 +16,7 @@ from flowrl_jax.checkpoint import CheckpointConfig
 from flowrl_jax.datasets.pipeline import DataConfig
 from flowrl_jax.errors import InputError
 from flowrl_jax.metric_sinks import MetricsConfig
-from flowrl_jax.models.lora import LoraConfig
+from flowrl_jax.models.architecture import LoraConfig
 from flowrl_jax.objectives import OBJECTIVES
 from flowrl_jax.optimizer import OptimizerConfig
 from flowrl_jax.sharding import MeshConfig

@@ -10,16 +10,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from flowrl_jax.models.architecture import TARGETS, LoraConfig
 from flowrl_jax.models.hf import load_policy
 from flowrl_jax.models.hf_save import save_policy
-from flowrl_jax.models.lora import (
-    TARGETS,
-    LoraConfig,
-    init_lora,
-    merged,
-    with_adapters,
-    without_adapters,
-)
+from flowrl_jax.models.lora import init_lora, merged, with_adapters, without_adapters
 from flowrl_jax.models.peft import write_adapter
 from flowrl_jax.models.transformer import Transformer
 from flowrl_jax.objectives.flowrl import FlowRLConfig

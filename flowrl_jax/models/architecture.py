@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flowrl_jax.models.lora import LoraConfig
 from flowrl_jax.models.rotary import RopeScaling
 
 REMAT_POLICIES = {
@@ -21,6 +20,43 @@ ACTIVATIONS = {
 }
 ATTENTION_KERNELS = ("xla", "cudnn")
 _MOST_LAYERS = 10_000
+
+ATTENTION_TARGETS = ("query", "key", "value", "out")
+MLP_TARGETS = ("gate", "up", "down")
+TARGETS = ATTENTION_TARGETS + MLP_TARGETS
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Which kernels have adapters.
+
+    Attributes:
+        rank: inner size of an adapter; 0 means that there are none and all weights are trained.
+        alpha: adapters are scaled by `alpha / rank`.
+        targets: kernels with an adapter, in every block.
+    """
+
+    rank: int = 0
+    alpha: float = 32.0
+    targets: tuple[str, ...] = TARGETS
+
+    def __post_init__(self):
+        if self.rank < 0 or self.alpha <= 0:
+            raise ValueError(
+                f"model.lora.rank={self.rank} must not be negative and"
+                f" model.lora.alpha={self.alpha} must be positive"
+            )
+        unknown = [name for name in self.targets if name not in TARGETS]
+        if unknown or not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ValueError(
+                f"model.lora.targets={self.targets}: name at least one of {', '.join(TARGETS)},"
+                " each once"
+            )
+
+    @property
+    def scale(self) -> float:
+        """What `(x A) B` is multiplied by."""
+        return self.alpha / self.rank
 
 
 @dataclasses.dataclass(frozen=True)

@@ -80,5 +80,5 @@ def grow_caches(caches: tuple[Cache, ...], length: int) -> tuple[Cache, ...]:
 
 def unembed(params: Any, config: TransformerConfig, hidden: jax.Array) -> jax.Array:
     """Logits `[B, V]` float32 of hidden states `[B, D]`."""
-    weight = Embedding(config).apply({"params": params["embedding"]}, method="unembedding")
+    weight: Any = Embedding(config).apply({"params": params["embedding"]}, method="unembedding")
     return vocabulary_logits(hidden, weight, config.logit_softcap, config.drawable)

@@ -126,8 +126,10 @@ def _check_tied(checkpoint: Checkpoint, config: TransformerConfig) -> None:
     for start in range(0, config.vocab_size, _COMPARED_ROWS):
         rows = slice(start, min(start + _COMPARED_ROWS, config.vocab_size))
         index = rows, slice(0, config.embed_dim)
-        parts = [checkpoint.read(name, index) for name in (_UNEMBEDDING, _EMBEDDING)]
-        if not np.array_equal(*parts):
+        unembedding, embedding = (
+            checkpoint.read(name, index) for name in (_UNEMBEDDING, _EMBEDDING)
+        )
+        if not np.array_equal(unembedding, embedding):
             raise checkpoint.error(
                 _UNEMBEDDING,
                 f"differs from {_EMBEDDING} although config.json says"

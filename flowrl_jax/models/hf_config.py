@@ -10,10 +10,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from flowrl_jax.errors import InputError
-from flowrl_jax.models.architecture import TransformerConfig
+from flowrl_jax.models.architecture import LoraConfig, TransformerConfig
 from flowrl_jax.models.families import FAMILIES, Family
 from flowrl_jax.models.hf_fields import NEUTRAL, Fields
-from flowrl_jax.models.lora import LoraConfig
 
 # How a decoder is computed and held; config.json says nothing of it.
 _NOT_SAVED: dict[str, Any] = {

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -130,7 +130,8 @@ class Checkpoint:
         return part if len(tensor.shape) == 2 else part[:, 0]
 
     def _fill(self, name: str, tensor: _Tensor, offset: int, array: np.ndarray) -> None:
-        view = memoryview(array.reshape(-1).view(np.uint8))
+        bytes_of: Any = array.reshape(-1).view(np.uint8)
+        view = memoryview(bytes_of)
         while view:
             count = os.preadv(tensor.file.fileno(), [view], offset)
             if not count:

@@ -120,13 +120,10 @@ def leaves(config: TransformerConfig) -> tuple[Leaf, ...]:
                 " name it in the family's names"
             )
         shape = value.shape[1:] if "{}" in name else value.shape
-        padded = path[0] == "embedding" and config.vocab_rows != config.vocab_size
-        rows = {config.vocab_rows: config.vocab_size} if padded else {}
-        vocabulary = 0 if path[-1] == "tokens" else len(shape) - 1
-        saved = tuple(
-            rows.get(size, size) if axis == vocabulary else size for axis, size in enumerate(shape)
-        )
-        found.append(Leaf(path, name, shape, saved, _groups(path, len(shape))))
+        saved = list(shape)
+        if path[0] == "embedding":
+            saved[0 if path[-1] == "tokens" else 1] = config.vocab_size
+        found.append(Leaf(path, name, shape, tuple(saved), _groups(path, len(shape))))
     return tuple(found)
 
 

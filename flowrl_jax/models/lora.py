@@ -5,53 +5,14 @@ among its parameters computes `x W + alpha / rank (x A) B`. Without them it comp
 frozen policy is the reference, and no second copy of it is needed.
 """
 
-import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-if TYPE_CHECKING:
-    from flowrl_jax.models.architecture import TransformerConfig
-
-ATTENTION_TARGETS = ("query", "key", "value", "out")
-MLP_TARGETS = ("gate", "up", "down")
-TARGETS = ATTENTION_TARGETS + MLP_TARGETS
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraConfig:
-    """Which kernels have adapters.
-
-    Attributes:
-        rank: inner size of an adapter; 0 means that there are none and all weights are trained.
-        alpha: adapters are scaled by `alpha / rank`.
-        targets: kernels with an adapter, in every block.
-    """
-
-    rank: int = 0
-    alpha: float = 32.0
-    targets: tuple[str, ...] = TARGETS
-
-    def __post_init__(self):
-        if self.rank < 0 or self.alpha <= 0:
-            raise ValueError(
-                f"model.lora.rank={self.rank} must not be negative and"
-                f" model.lora.alpha={self.alpha} must be positive"
-            )
-        unknown = [name for name in self.targets if name not in TARGETS]
-        if unknown or not self.targets or len(set(self.targets)) < len(self.targets):
-            raise ValueError(
-                f"model.lora.targets={self.targets}: name at least one of {', '.join(TARGETS)},"
-                " each once"
-            )
-
-    @property
-    def scale(self) -> float:
-        """What `(x A) B` is multiplied by."""
-        return self.alpha / self.rank
+from flowrl_jax.models.architecture import ATTENTION_TARGETS, LoraConfig, TransformerConfig
 
 
 def a_name(target: str) -> str:
@@ -75,7 +36,7 @@ def lora_term(module: nn.Module, target: str, x: jax.Array) -> jax.Array | float
     Returns:
         `[rows, out]` in the compute dtype, or 0.
     """
-    config: Any = module.config  # type: ignore[attr-defined]
+    config: Any = module.config
     if not module.has_variable("params", a_name(target)):
         return 0.0
     a, b = (module.get_variable("params", name(target)) for name in (a_name, b_name))
@@ -84,7 +45,7 @@ def lora_term(module: nn.Module, target: str, x: jax.Array) -> jax.Array | float
     return (x @ a) @ b * config.lora.scale
 
 
-def init_lora(config: "TransformerConfig", key: jax.Array) -> Any:
+def init_lora(config: TransformerConfig, key: jax.Array) -> Any:
     """Fresh adapters, boxed with the names of their axes: A normal, B zero.
 
     Args:

@@ -11,7 +11,7 @@ from flowrl_jax.models.hf_fields import Fields
 from flowrl_jax.models.rotary import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 
 _BLOCK = "model.layers.{}."
-LLAMA_NAMES: Mapping[str, str] = {
+LLAMA_NAMES: dict[str, str] = {
     "embedding/tokens": "model.embed_tokens.weight",
     "embedding/output": "lm_head.weight",
     "final_norm/scale": "model.norm.weight",
