@@ -57,6 +57,7 @@ PEERS: dict[str, dict[str, Any]] = {
     },
     "mistral-window": {"num_key_value_heads": 2, "sliding_window": 7, "head_dim": 12},
     "mistral": {"num_key_value_heads": 1, "sliding_window": None, "tied": False},
+    "gemma": {"num_key_value_heads": 1, "head_dim": 10, "hidden_act": "gelu"},
     "gemma2": GEMMA | {
         "num_key_value_heads": 2, "head_dim": 10, "sliding_window": 5, "query_pre_attn_scalar": 20,
         "attn_logit_softcapping": 4.0, "final_logit_softcapping": 7.0,
@@ -76,7 +77,7 @@ PEERS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 PREFIXES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral",
-            "gemma2": "Gemma2", "gemma3": "Gemma3"}  # fmt: skip
+            "gemma": "Gemma", "gemma2": "Gemma2", "gemma3": "Gemma3"}  # fmt: skip
 
 
 @dataclasses.dataclass

@@ -1,5 +1,6 @@
-"""Gemma 2, and the text models of Gemma 3."""
+"""Gemma, Gemma 2, and the text models of Gemma 3."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -24,6 +25,33 @@ _NAMES = LLAMA_NAMES | {
     "layers/mlp_out_norm/scale": "model.layers.{}.post_feedforward_layernorm.weight",
 }
 _LOCAL_THETA, _GLOBAL_THETA = 10_000.0, 1_000_000.0  # Gemma 3's, where config.json has none
+
+
+def _read_gemma1(fields: Fields) -> TransformerConfig:
+    fields.only("use_bidirectional_attention", False)
+    fields.take("hidden_activation", None)  # transformers reads hidden_act alone
+    bias = fields.flag("attention_bias")
+    config = read_decoder(
+        fields,
+        activation=("hidden_act", "gelu_pytorch_tanh"),
+        kv_heads=16,
+        tied=True,
+        head_dim=fields.count("head_dim", 256),
+        norm_offset=1.0,
+        qkv_bias=bias,
+        out_bias=bias,
+        embed_scale=math.sqrt(fields.peek_count("hidden_size")),
+        **read_rope(fields),
+    )
+    # The first release says "gelu" and means the approximation, as it was trained with.
+    tanh = "gelu_tanh" if config.activation == "gelu" else config.activation
+    return dataclasses.replace(config, activation=tanh)
+
+
+def _write_gemma1(config: TransformerConfig) -> dict[str, Any]:
+    own = {"attention_bias": config.qkv_bias}
+    rope = write_rope(config.rope_theta, config.rope_scaling)
+    return write_decoder(config, "gemma", "GemmaForCausalLM") | rope | own
 
 
 def _read_gemma(fields: Fields, every: int, **own: Any) -> TransformerConfig:
@@ -143,5 +171,6 @@ def _write_gemma3(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
+GEMMA = Family("gemma", "GemmaForCausalLM", _read_gemma1, _write_gemma1)
 GEMMA2 = Family("gemma2", "Gemma2ForCausalLM", _read_gemma2, _write_gemma2, _NAMES)
 GEMMA3 = Family("gemma3_text", "Gemma3ForCausalLM", _read_gemma3, _write_gemma3, _NAMES)
