@@ -37,6 +37,7 @@ from tests.tiny import tiny_config, tiny_params
 from tests.tiny_runs import REPOSITORY, TINY, one_device, scratch, start, tiny_arguments, tiny_run
 
 FILE = "model.safetensors"
+LENGTH = 13  # of greedy texts; with their prompt they are as long as the tiny run's may be
 
 
 @pytest.fixture(autouse=True)
@@ -117,10 +118,12 @@ def assert_equal_to_transformers(folder: Path, config: Any, params: Any, eos: tu
     run = jax.jit(lambda p: Transformer(config).apply({"params": p}, row, method="logits"))
     with torch.no_grad():
         logits = model(torch.tensor([prompt])).logits.numpy()
-        greedy = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)
-    assert np.abs(np.asarray(run(params)) - logits).max() < 1e-4 < np.abs(logits).max()
-    ours = our_greedy(config, params, prompt, eos, 24)
-    np.testing.assert_array_equal(ours, greedy[0, len(prompt) :].numpy())
+        greedy = model.generate(torch.tensor([prompt]), max_new_tokens=LENGTH, do_sample=False)
+    ours = np.asarray(run(params))[..., : config.vocab_size]  # without the rows that fill it up
+    assert ours.shape == logits.shape
+    assert np.abs(ours - logits).max() < 1e-4 < np.abs(logits).max()
+    text = our_greedy(config, params, prompt, eos, LENGTH)
+    np.testing.assert_array_equal(text, greedy[0, len(prompt) :].numpy())
 
 
 # --- Export
@@ -233,7 +236,7 @@ def test_export_of_an_import_is_bit_identical(tmp_path):
 def test_runs_start_from_an_import():
     config = tiny_run(model__path=source(), model__start_from=imported())
     parts = assemble(config, scratch())
-    _, expected = load_policy(source())
+    _, expected = load_policy(source(), vocab_multiple=parts.model.config.vocab_multiple)
     learner = make_learner(parts, config.loss, config.optimizer, 16, steps=1, updates=1)
     for policy in (first_policy(parts, learner), load_run_policy(parts, imported())):
         jax.tree.map(np.testing.assert_array_equal, policy, expected)
@@ -439,14 +442,12 @@ def test_two_processes_write_one_folder(tmp_path):
 
 
 @pytest.mark.slow
-def test_evaluate_and_sample_take_an_import(tmp_path):
-    (tmp_path / "prompts").write_text("1,2,3=6:\n")
+def test_evaluate_takes_an_import():
+    """And so does `sample`: the page on your own model, whose commands are tested, shows it."""
     words = tiny_arguments(model__path=source(), eval__prompts=2)
-    commands = [("evaluate", ()), ("sample", (f"--prompts={tmp_path / 'prompts'}",))]
-    for command, more in commands:
-        process = start(command, *words, f"--run={imported()}", *more)
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0 and out, err
+    process = start("evaluate", *words, f"--run={imported()}")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and "pass@" in out, err
 
 
 if __name__ == "__main__":
