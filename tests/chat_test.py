@@ -41,6 +41,7 @@ CONSTRUCTS = (
     "{% set a, b = 'x', 2 %}{{ a * b }}{{ b ** 3 }}{{ [a] * 2 + [b] }}{{ dict(a=a) }}\n\n",
     "{{ strftime_now('%Y') }}{{ bos_token }}{{ missing_token }}{{ tools is none }}{{ documents }}"
     "{{ add_generation_prompt }}{{ enable_thinking is defined }}",
+    "{% for m in messages %}{{ m.tool_calls is defined }}{{ m | length }}{% endfor %}",
     "{% for x in 'ab' recursive %}{{ x }}{% if loop.depth < 3 %}{{ loop('cd') }}{% endif %}"
     "{% endfor %}{{ range(5) | list | join(',') }}{{ messages | map(attribute='role') | list }}",
 )
@@ -66,6 +67,8 @@ def conversations(count):
             if rng.random() < 0.05:
                 role = rng.choice(("system", "tool", "assistant"))
             messages.append({"role": role, "content": "".join(rng.choices(words, k=2))})
+            if rng.random() < 0.2:
+                messages[-1]["tool_calls"] = None  # as some programs write it; it counts as absent
         options = {"enable_thinking": rng.random() < 0.5} if rng.random() < 0.5 else {}
         if rng.random() < 0.2:
             options["date_string"] = "26 Jul 2024"
