@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -210,14 +211,19 @@ def _first_policy(parts: Parts, learner: Learner) -> Any:
     return init_policy(learner, rollout_key(parts.config.seed, INIT_STREAM))
 
 
-def load_pretrained(parts: Parts) -> Any:
+def load_pretrained(parts: Parts, on_tensor: Callable[[], object] = lambda: None) -> Any:
     """The policy of `model.path`, placed on the mesh.
+
+    Args:
+        parts: of the run.
+        on_tensor: called for each tensor that has been read.
 
     Raises:
         InputError: the checkpoint is missing, damaged or of another shape.
     """
     path, multiple = parts.config.model.path, parts.model.config.vocab_multiple
-    return load_policy(path, mesh=parts.layout.mesh, vocab_multiple=multiple)[1]
+    mesh = parts.layout.mesh
+    return load_policy(path, mesh=mesh, vocab_multiple=multiple, on_tensor=on_tensor)[1]
 
 
 def scoring_learner(parts: Parts, *, temperature: float = 1.0) -> Learner:

@@ -1,10 +1,12 @@
 """Policies in and out: `python -m flowrl_jax.convert export` and `... import`.
 
-    export --run=DIR --out=FOLDER [--config=FILE] [--step=N] [--dtype=bfloat16]
+    export --run=DIR --out=FOLDER [--config=FILE] [--step=N] [--dtype=bfloat16] [--adapter]
 
 writes the policy of a run as a Hugging Face folder: config.json, safetensors, the tokenizer's files
 and generation_config.json. What the run learned of log Z goes to FOLDER/log_z, which programs that
 serve the policy do not look into. Without --config the settings are those that the run kept.
+Adapters that the run trained are added to the weights; with --adapter they alone are written, as
+the PEFT library reads them.
 
     import --config=FILE --out=DIR
 
@@ -38,6 +40,7 @@ from flowrl_jax.assembly import (
 from flowrl_jax.checkpoint import CheckpointConfig, Checkpointer, restore_host, restore_log_z
 from flowrl_jax.config import Config
 from flowrl_jax.errors import InputError
+from flowrl_jax.models.architecture import LoraConfig
 from flowrl_jax.models.hf_fields import read_json
 from flowrl_jax.models.hf_save import (
     DTYPES,
@@ -49,6 +52,8 @@ from flowrl_jax.models.hf_save import (
     write_tensors_file,
 )
 from flowrl_jax.models.log_z import init_log_z
+from flowrl_jax.models.lora import merged
+from flowrl_jax.models.peft import write_adapter
 from flowrl_jax.new_folder import check_new, in_first_process, new_folder
 from flowrl_jax.objectives.log_z import LogZConfig
 from flowrl_jax.progress import Progress
@@ -65,6 +70,7 @@ def export_run(
     *,
     step: int | None = None,
     dtype: str | None = None,
+    adapter: bool = False,
 ) -> int:
     """Writes a policy of a run as a Hugging Face folder that gives the same logits.
 
@@ -74,6 +80,7 @@ def export_run(
         out: folder to make; it appears whole or not at all.
         step: which checkpoint; the latest if None.
         dtype: of the tensors, one of `DTYPES`; float32, as trained, if None.
+        adapter: write the run's adapters alone, for the base model that `model.path` names.
 
     Returns:
         The step.
@@ -85,7 +92,18 @@ def export_run(
     check_new(out)
     _, step = restore_host(Path(run) / CHECKPOINTS, step)
     parts = assemble(config, run)
+    lora = config.model.lora
+    if adapter and not lora.rank:
+        raise InputError("--adapter: model.lora.rank=0, the run trained no adapters; leave it out")
     policy = load_run_policy(parts, run, step)
+    if adapter:
+        base = config.model.path or config.model.start_from
+        with new_folder(out) as folder:
+            write_adapter(folder, parts.model.config, policy, base)
+        return step
+    if lora.rank:
+        # The frozen weights are held in the compute dtype, the adapters in float32.
+        policy, dtype = merged(policy, lora), dtype or DTYPES[0]
     log_z, _ = restore_log_z(Path(run) / CHECKPOINTS, step)
     log_z_config = getattr(config.loss, "log_z", None)
     _check_log_z(log_z_config, log_z, parts.model.config.embed_dim)
@@ -128,10 +146,14 @@ def import_checkpoint(config: Config, out: str | Path) -> None:
         raise InputError(
             "config.model.path is empty: name the Hugging Face folder, --config.model.path=FOLDER"
         )
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, start_from=""))
+    # The checkpoint has all weights, whatever a run that starts from it will train.
+    whole = dataclasses.replace(config.model, start_from="", lora=LoraConfig())
+    config = dataclasses.replace(config, model=whole)
     check_new(out)
     parts = assemble(config, out)
-    policy = load_pretrained(parts)
+    total = count_tensors(parts.model.config)
+    with Progress(total, "import", unit="tensor") as progress:
+        policy = load_pretrained(parts, progress.update)
     zero = jax.device_put(jnp.zeros((), jnp.int32), parts.layout.replicated)
     # Nothing has been learned: there is no log Z yet, and no moment.
     state = TrainState(zero, {"policy": policy, "log_z": {}}, {}, zero)
@@ -216,6 +238,7 @@ def _export_flags(values: flags.FlagValues) -> None:
         f"of the tensors: {', '.join(DTYPES)}; default: as trained",
         flag_values=values,
     )
+    flags.DEFINE_bool("adapter", False, "write the run's adapters alone", flag_values=values)
 
 
 def _import_flags(values: flags.FlagValues) -> None:
@@ -245,7 +268,10 @@ def _export(config: Config, values: flags.FlagValues) -> None:
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype={dtype}: not known; give one of {', '.join(DTYPES)}")
     configure_jax()
-    step = export_run(config, run, out, step=values["step"].value, dtype=dtype)
+    adapter = bool(values["adapter"].value)
+    if adapter and dtype is not None:
+        raise InputError("--adapter: adapters are float32, as trained; leave --dtype out")
+    step = export_run(config, run, out, step=values["step"].value, dtype=dtype, adapter=adapter)
     if jax.process_index() == 0:
         print(f"{out}: the policy of step {step}")
 

@@ -1,4 +1,4 @@
-"""Countdown rows of another project's files: trained on, evaluated, and refused where they overlap."""
+"""Countdown rows of another project's files: trained on, evaluated, refused where they overlap."""
 
 from pathlib import Path
 

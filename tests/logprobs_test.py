@@ -52,6 +52,33 @@ def test_values_and_gradients(chunk, temperature):
         np.testing.assert_allclose(grad, wanted, rtol=1e-5, atol=1e-5)
 
 
+def capped(hidden, unembedding, targets, temperature, softcap, count):
+    """The textbook of a soft-capped vocabulary of which only the first ids exist."""
+    logits = jnp.einsum("btd,dv->btv", hidden, unembedding)[..., :count]
+    if softcap:
+        logits = softcap * jnp.tanh(logits / softcap)
+    logprobs = jax.nn.log_softmax(logits / temperature)
+    return jnp.take_along_axis(logprobs, targets[..., None], -1)[..., 0]
+
+
+@pytest.mark.parametrize(("softcap", "count"), [(2.0, 0), (0.0, 19), (1.5, 20)])
+def test_soft_caps_and_ids_that_do_not_exist(softcap, count):
+    hidden, unembedding, targets, cotangent = inputs()
+    targets = jnp.minimum(targets, (count or V) - 1)
+    ours, pull = jax.vjp(
+        lambda h, w: token_logprobs(h, w, targets, 0.7, 3, softcap, count), hidden, unembedding
+    )
+    expected, pull_whole = jax.vjp(
+        lambda h, w: capped(h, w, targets, 0.7, softcap, count or V), hidden, unembedding
+    )
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+    for grad, wanted in zip(pull(cotangent), pull_whole(cotangent), strict=True):
+        np.testing.assert_allclose(grad, wanted, rtol=1e-5, atol=1e-5)
+    # Rows that pad the vocabulary never move.
+    if count:
+        assert not pull(cotangent)[1][:, count:].any()
+
+
 def test_far_logits_do_not_overflow():
     hidden, unembedding, targets, _ = inputs()
     logprobs = chunked(100.0 * hidden, unembedding, targets, 0.1, 3)

@@ -171,6 +171,48 @@ def test_other_ends_are_respected(rollout):
     assert_same(rollout, sample())
 
 
+@pytest.mark.parametrize("temperature", [0.0, 3.0])
+def test_ids_that_do_not_exist_are_never_drawn(temperature):
+    """Rows that pad the vocabulary, and ids that the tokenizer does not know."""
+    config = dataclasses.replace(CONFIG, vocab_multiple=8, num_tokens=9)
+    params = tiny_params(config)
+    assert params["embedding"]["tokens"].shape[0] == 24 > config.vocab_size > config.drawable
+    rollout = generate(
+        params,
+        prompt_batch([3, 6, 1, 5], GROUP, PROMPT, 9),
+        KEY,
+        model=Transformer(config),
+        config=dataclasses.replace(SETTINGS, temperature=temperature, eos_ids=(3,)),
+    )
+    drawn = responses(rollout)[np.asarray(rollout.response_mask)]
+    assert drawn.max() < 9 and len(np.unique(drawn)) > 4
+    if temperature:
+        wanted = teacher_forced(rollout, temperature, config, params)
+        assert np.isneginf(wanted[..., 9:]).all()
+        chosen = np.take_along_axis(wanted, responses(rollout)[..., None], 2)[..., 0]
+        mask = np.asarray(rollout.response_mask)
+        np.testing.assert_allclose(
+            np.asarray(rollout.sampler_logprobs)[mask], chosen[mask], **ROUNDING
+        )
+
+
+def test_windows_and_two_kinds_of_layers_are_cached_right():
+    """A window shorter than the text, in one layer of two, with positions of its own."""
+    config = tiny_config(
+        window=3, windowed_layers=(True, False), local_rope_theta=50.0, attention_softcap=2.0,
+        logit_softcap=3.0, sandwich_norm=True, norm_offset=1.0, qk_norm=True, embed_scale=4.0,
+        query_scale=0.3, activation="gelu_tanh",
+    )  # fmt: skip
+    params = tiny_params(config)
+    rollout = generate(params, prompts(), KEY, model=Transformer(config), config=SETTINGS)
+    wanted = teacher_forced(rollout, 0.8, config, params)
+    chosen = np.take_along_axis(wanted, responses(rollout)[..., None], 2)[..., 0]
+    mask = np.asarray(rollout.response_mask)
+    np.testing.assert_allclose(np.asarray(rollout.sampler_logprobs)[mask], chosen[mask], **ROUNDING)
+    other = dataclasses.replace(config, windowed_layers=(False, True))
+    assert np.abs(teacher_forced(rollout, 0.8, other, params) - wanted)[mask].max() > 0.01
+
+
 def test_greedy_is_the_chain_of_most_likely_tokens():
     rollout = sample(temperature=0.0)
     best = teacher_forced(rollout, 1.0).argmax(2)

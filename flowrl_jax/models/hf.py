@@ -11,6 +11,7 @@ import functools
 import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def load_policy(
     mesh: Mesh | None = None,
     dtype: Any = jnp.float32,
     vocab_multiple: int = 1,
+    on_tensor: Callable[[], object] = lambda: None,
 ) -> tuple[TransformerConfig, Any]:
     """Loads a checkpoint of one of `families.FAMILIES`.
 
@@ -51,6 +53,7 @@ def load_policy(
         dtype: that the parameters are cast to. The config has it too, for parameters and
             activations; `dataclasses.replace` makes float32 parameters compute in bfloat16.
         vocab_multiple: rows of zeros are added to the vocabulary up to a multiple of this.
+        on_tensor: called for each tensor that has been read.
 
     Returns:
         The decoder's config, and its parameters as `Transformer` takes them (not boxed).
@@ -74,7 +77,7 @@ def load_policy(
             node = params
             for key in leaf.path[:-1]:
                 node = node.setdefault(key, {})
-            node[leaf.path[-1]] = _load_leaf(checkpoint, leaf, config, sharding)
+            node[leaf.path[-1]] = _load_leaf(checkpoint, leaf, config, sharding, on_tensor)
     return config, params
 
 
@@ -148,12 +151,18 @@ def _shardings(config: TransformerConfig, mesh: Mesh) -> Any:
 
 
 def _load_leaf(
-    checkpoint: Checkpoint, leaf: Leaf, config: TransformerConfig, sharding: NamedSharding | None
+    checkpoint: Checkpoint,
+    leaf: Leaf,
+    config: TransformerConfig,
+    sharding: NamedSharding | None,
+    on_tensor: Callable[[], object],
 ) -> jax.Array:
     """Reads one leaf, all layers of it, into its devices."""
     dtype = np.dtype(config.param_dtype)
     if not leaf.stacked:
-        return _read_layer(checkpoint, leaf, 0, dtype, sharding)
+        value = _read_layer(checkpoint, leaf, 0, dtype, sharding)
+        on_tensor()
+        return value
     layer_sharding = None
     if sharding is not None:
         layer_sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
@@ -164,6 +173,7 @@ def _load_leaf(
         value = _read_layer(checkpoint, leaf, layer, dtype, layer_sharding)
         # To wait keeps reading from running ahead of the devices' memory.
         buffer = jax.block_until_ready(place(buffer, value, layer))
+        on_tensor()
     return buffer
 
 
