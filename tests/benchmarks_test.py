@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from benchmarks import import_checkpoint
 from benchmarks.common import Child, Work, compare, main, share_of_even
 
 TINY = [
@@ -77,3 +78,15 @@ def test_a_peer_that_is_not_there_is_refused(capsys):
         main("sampler", "", ["--peer-python=/nowhere/python"])
     assert stopped.value.code == 2
     assert "--peer-python=/nowhere/python does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_hosts_read_what_their_devices_hold(tmp_path):
+    """Loading a checkpoint over loopback: each host reads its half, and the norms."""
+    total = import_checkpoint.write_checkpoint(tmp_path / "model", "tiny")
+    hosts = import_checkpoint.measure(tmp_path / "model", hosts=2, devices=2)
+    assert [host["host"] for host in hosts] == [0, 1]
+    for host in hosts:
+        # Norms are held whole by every device; all else is cut in four.
+        assert total / 2 <= host["read_bytes"] < 0.51 * total
+        assert host["read_bytes"] <= host["held_bytes"] < 0.52 * total
