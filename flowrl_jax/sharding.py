@@ -177,6 +177,11 @@ def local_rows(x: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
+def active_layout() -> Layout | None:
+    """The layout that is active while tracing, if any."""
+    return _ACTIVE.get()
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Asks for a sharding of an activation by the names of its axes; a no-op without a layout."""
     layout = _ACTIVE.get()

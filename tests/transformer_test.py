@@ -12,7 +12,8 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from flowrl_jax.masking import positions_from_mask
-from flowrl_jax.models.attention import attend, causal_mask
+from flowrl_jax.models import attention
+from flowrl_jax.models.attention import Columns, attend, visible
 from flowrl_jax.models.decode import decode_params, forward_cached, grow_caches, unembed
 from flowrl_jax.models.transformer import (
     Transformer,
@@ -210,7 +211,7 @@ def test_cached_decoding_is_the_full_forward(prefill):
     def decode(params):
         weights = decode_params(params, config)
         hidden, caches = forward_cached(
-            weights, config, tokens, positions[:, :prefill], causal_mask(mask)
+            weights, config, tokens, positions[:, :prefill], Columns(mask)
         )
         logits = [unembed(weights, config, hidden[:, -1])]
         for i in range(5):
@@ -223,9 +224,8 @@ def test_cached_decoding_is_the_full_forward(prefill):
                 config,
                 rows[:, [index]],
                 positions[:, [index]],
-                jnp.asarray(seen)[:, None],
+                Columns(jnp.asarray(seen), index),
                 caches,
-                index,
             )
             logits.append(unembed(weights, config, hidden[:, 0]))
         return jnp.stack(logits, 1)
@@ -297,13 +297,70 @@ def test_bfloat16_computes_from_float32_masters():
     assert logits.dtype == jnp.float32
 
 
+def reference_attention(query, key, value, real, scale, window, softcap):
+    """Row by row, head by head, pair by pair, in float64."""
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    out = np.zeros_like(query)
+    group = query.shape[1] // key.shape[1]
+    for row, head, own in np.ndindex(*query.shape[:3]):
+        seen = [c for c in range(own + 1) if real[row, c] and (not window or c > own - window)]
+        if not seen:
+            continue
+        scores = scale * key[row, head // group, seen] @ query[row, head, own]
+        scores = softcap * np.tanh(scores / softcap) if softcap else scores
+        weights = np.exp(scores - scores.max())
+        out[row, head, own] = weights / weights.sum() @ value[row, head // group, seen]
+    return out
+
+
+KERNELS = [("xla", 0, 0.0), ("xla", 5, 0.0), ("xla", 0, 1.5), ("splash", 0, 0.0),
+           ("splash", 5, 0.0), ("splash", 7, 1.5)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kernel", "window", "softcap"), KERNELS)
+def test_attention_kernels(kernel, window, softcap, monkeypatch):
+    """Odd sizes, grouped heads, padding on both sides; chunks that do not divide the row."""
+    monkeypatch.setattr(attention, "CHUNK", 8)
+    rng = np.random.default_rng(0)
+    draw = lambda heads: jnp.asarray(rng.normal(0, 1, (2, heads, 21, 6)), jnp.float32)  # noqa: E731
+    query, key, value = draw(6), draw(2), draw(2)
+    real = (np.arange(21) >= [[4], [0]]) & (np.arange(21) < [[18], [21]])
+
+    def run(query, key, value):
+        out = attend(
+            query, key, value, Columns(jnp.asarray(real)), scale=0.4, window=window,
+            softcap=softcap, implementation=kernel,
+        )  # fmt: skip
+        return jnp.where(real[:, None, :, None], out, 0.0)
+
+    expected = reference_attention(query, key, value, real, 0.4, window, softcap)
+    expected = np.where(real[:, None, :, None], expected, 0.0)
+    np.testing.assert_allclose(jax.jit(run)(query, key, value), expected, atol=1e-5)
+    # Gradients against those of the dense path, which the model's parity with torch holds.
+    cotangent = jnp.asarray(rng.normal(0, 1, query.shape), jnp.float32)
+    grads = jax.jit(jax.vjp(run, query, key, value)[1])(cotangent)
+    monkeypatch.setattr(attention, "CHUNK", 64)
+    kernel = "xla"
+    for grad, wanted in zip(grads, jax.vjp(run, query, key, value)[1](cotangent), strict=True):
+        np.testing.assert_allclose(grad, wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_visible_pairs(window):
+    real = np.array([[False, True, True, True, True, False]])
+    pairs = np.asarray(visible(Columns(jnp.asarray(real), 2), 3, window))[0]
+    for i, own in enumerate((2, 3, 4)):
+        wanted = [real[0, c] and c <= own and (not window or c > own - window) for c in range(6)]
+        np.testing.assert_array_equal(pairs[i], wanted)
+
+
 def test_attention_that_may_see_nothing_is_finite():
     """A padding row attends to nothing: no NaN in its value, and none in the gradient."""
     rng = np.random.default_rng(0)
     query, key, value = (jnp.asarray(rng.normal(0, 1, (1, 2, 3, 4)), jnp.float32) for _ in "qkv")
-    mask = jnp.array([[[False] * 3, [True, False, False], [True, True, False]]])
+    columns = Columns(jnp.array([[False, True, False]]))
     out, grads = jax.value_and_grad(
-        lambda q, k, v: attend(q, k, v, mask, scale=0.5)[:, :, 1:].sum(), argnums=(0, 1, 2)
+        lambda q, k, v: attend(q, k, v, columns, scale=0.5)[:, :, 1:].sum(), argnums=(0, 1, 2)
     )(query, key, value)
     assert np.isfinite(out) and all(np.isfinite(grad).all() for grad in grads)
     assert not grads[2][:, :, 2].any()  # nobody saw the last value

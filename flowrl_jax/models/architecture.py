@@ -18,7 +18,7 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
 }
-ATTENTION_KERNELS = ("xla", "cudnn")
+ATTENTION_KERNELS = ("xla", "cudnn", "splash")
 _MOST_LAYERS = 10_000
 
 ATTENTION_TARGETS = ("query", "key", "value", "out")
@@ -100,7 +100,7 @@ class TransformerConfig:
         param_dtype: of the master weights.
         remat: what the backward pass computes again: "none", "dots" (all but matrix products
             with weights) or "full" (a whole block from its input).
-        attention: "xla" or "cudnn", see `attention.attend`.
+        attention: "xla", "cudnn" or "splash", see `attention.attend`.
         vocab_multiple: the embedding gets rows of zeros up to a multiple of this, so that it can
             be cut over devices.
         num_tokens: ids that the tokenizer knows; 0 means `vocab_size`. The others are never drawn

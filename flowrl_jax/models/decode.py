@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from flowrl_jax.logprobs import vocabulary_logits
+from flowrl_jax.models.attention import Columns
 from flowrl_jax.models.transformer import (
     Block,
     Cache,
     Embedding,
     RMSNorm,
     TransformerConfig,
-    layer_views,
+    layer_view,
 )
 
 
@@ -41,9 +42,8 @@ def forward_cached(
     config: TransformerConfig,
     tokens: jax.Array,
     positions: jax.Array,
-    mask: jax.Array,
+    columns: Columns,
     caches: tuple[Cache, ...] | None = None,
-    index: jax.Array | int = 0,
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
     """Runs the decoder on tokens that follow what the caches hold.
 
@@ -52,21 +52,20 @@ def forward_cached(
         config: the decoder's shape.
         tokens: `[B, T]` int32.
         positions: `[B, T]` int32.
-        mask: `[B, T, S]` bool, columns each token may attend to, windows aside; S = T without
-            caches.
+        columns: that the tokens may attend to, and which of them are their own; without caches
+            they are the tokens themselves.
         caches: keys and values `[B, K, S, H]` of each layer, or None to start.
-        index: column that the first token takes.
 
     Returns:
         Final hidden states `[B, T, D]`, normalised, and the caches with `tokens` written in.
     """
     x = Embedding(config).apply({"params": params["embedding"]}, tokens)
-    views = layer_views(config, positions, mask, index)
+    view = layer_view(config, positions, columns)
     written = []
     for i, layer in enumerate(params["layers"]):
         cache = None if caches is None else caches[i]
-        view = views[config.windows[i]]
-        x, cache = Block(config).apply({"params": layer}, x, view, cache, index)
+        windowed = config.windows[i]
+        x, cache = Block(config).apply({"params": layer}, x, view, windowed, cache)
         written.append(cache)
     hidden: Any = RMSNorm(config).apply({"params": params["final_norm"]}, x)
     return hidden, tuple(written)

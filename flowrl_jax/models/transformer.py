@@ -5,6 +5,7 @@ that the time to compile does not grow with depth. The KV cache is an argument a
 hidden state; `decode.py` runs the same blocks over it.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from flowrl_jax.logprobs import vocabulary_logits
 from flowrl_jax.masking import positions_from_mask
 from flowrl_jax.models.architecture import ACTIVATIONS, REMAT_POLICIES, TransformerConfig
-from flowrl_jax.models.attention import attend, causal_mask, windowed_mask
+from flowrl_jax.models.attention import Columns, attend
 from flowrl_jax.models.lora import lora_term
 from flowrl_jax.models.rotary import Rotation, rotary, rotary_table
 from flowrl_jax.sharding import constrain
@@ -23,42 +24,32 @@ Cache = tuple[jax.Array, jax.Array]
 
 
 class View(NamedTuple):
-    """What a layer is told about its tokens.
+    """What layers are told about their tokens.
 
     Attributes:
-        rotation: of their positions, from `rotary_table`.
-        mask: `[B, T, S]` bool, the columns that each may attend to.
+        rotations: of the positions, from `rotary_table`, for layers with a window (True) and
+            without (False), as far as there are any.
+        columns: that the tokens may attend to, windows aside.
     """
 
-    rotation: Rotation
-    mask: jax.Array
+    rotations: dict[bool, Rotation]
+    columns: Columns
 
 
-def layer_views(
-    config: TransformerConfig, positions: jax.Array, mask: jax.Array, first: jax.Array | int = 0
-) -> dict[bool, View]:
-    """The views of layers with a window (True) and without (False), as far as there are any.
-
-    A window counts columns, as in transformers: the real tokens of a row must be adjacent.
+def layer_view(config: TransformerConfig, positions: jax.Array, columns: Columns) -> View:
+    """The view of tokens at these positions.
 
     Args:
         config: the decoder.
         positions: `[B, T]` int32.
-        mask: `[B, T, S]` bool, as without a window.
-        first: column of the first token.
+        columns: that they may attend to.
     """
-    views = {}
-    if not all(config.windows):
-        views[False] = View(
-            rotary_table(positions, config.head_dim, config.rope_theta, config.rope_scaling), mask
-        )
-    if any(config.windows):
-        theta, scaling = config.rope_theta, config.rope_scaling
-        if config.local_rope_theta:
-            theta, scaling = config.local_rope_theta, config.local_rope_scaling
-        rotation = rotary_table(positions, config.head_dim, theta, scaling)
-        views[True] = View(rotation, windowed_mask(mask, config.window, first))
-    return views
+    table = lambda theta, scaling: rotary_table(positions, config.head_dim, theta, scaling)  # noqa: E731
+    rotation = table(config.rope_theta, config.rope_scaling)
+    rotations = {windowed: rotation for windowed in set(config.windows)}
+    if True in rotations and config.local_rope_theta:
+        rotations[True] = table(config.local_rope_theta, config.local_rope_scaling)
+    return View(rotations, columns)
 
 
 def _param(module: nn.Module, name: str, init, shape, axes) -> jax.Array:
@@ -68,6 +59,14 @@ def _param(module: nn.Module, name: str, init, shape, axes) -> jax.Array:
         name, nn.with_logical_partitioning(init, axes), shape, config.param_dtype
     )
     return value.astype(config.dtype)
+
+
+def _choose(kinds: dict[bool, Rotation], windowed: jax.Array | bool) -> Rotation:
+    """The rotation of layers with or without a window."""
+    if isinstance(windowed, bool):
+        return kinds[windowed]
+    choose = lambda window, full: jnp.where(windowed, window, full)  # noqa: E731
+    return jax.tree.map(choose, kinds[True], kinds[False])
 
 
 def _bias(module: nn.Module, name: str, shape, axes) -> jax.Array:
@@ -106,36 +105,46 @@ class Attention(nn.Module):
         self,
         x: jax.Array,
         view: View,
+        windowed: jax.Array | bool,
         cache: Cache | None = None,
-        index: jax.Array | int = 0,
     ) -> tuple[jax.Array, Cache]:
         """Attends within `x`, or over a cache that `x` is first written to.
 
         Args:
             x: `[B, T, D]`.
-            view: of the tokens; S = T without a cache.
-            cache: keys and values `[B, K, S, H]`.
-            index: column of the cache that the first token of `x` goes to.
+            view: of the tokens.
+            windowed: whether this layer has a window; a scalar array where layers are scanned and
+                differ in it.
+            cache: keys and values `[B, K, S, H]` of all columns of the view; without one the
+                view's columns are the tokens themselves.
 
         Returns:
             `[B, T, D]`, and the cache: the one given with `x` written in, or the keys and values
             of `x`.
         """
         config = self.config
-        query, key, value = self._heads(x, view.rotation)
+        query, key, value = self._heads(x, _choose(view.rotations, windowed))
+        kernel = config.attention
         if cache is not None:
-            start = (0, 0, index, 0)
+            kernel = "xla"
+            start = (0, 0, view.columns.first, 0)
             key = jax.lax.dynamic_update_slice(cache[0], key.astype(cache[0].dtype), start)
             value = jax.lax.dynamic_update_slice(cache[1], value.astype(cache[1].dtype), start)
-        out = attend(
-            query,
-            key,
-            value,
-            view.mask,
-            scale=config.query_scale or config.head_dim**-0.5,
-            softcap=config.attention_softcap,
-            implementation=config.attention,
-        )
+        kinds = {
+            windowed: functools.partial(
+                attend,
+                columns=view.columns,
+                scale=config.query_scale or config.head_dim**-0.5,
+                window=config.window if windowed else 0,
+                softcap=config.attention_softcap,
+                implementation=kernel,
+            )
+            for windowed in view.rotations
+        }
+        if isinstance(windowed, bool):
+            out = kinds[windowed](query, key, value)
+        else:
+            out = jax.lax.cond(windowed, kinds[True], kinds[False], query, key, value)
         shape = (config.num_heads, config.head_dim, config.embed_dim)
         axes = ("heads", "head_dim", "embed")
         kernel = _param(self, "out", _kernel_init(config), shape, axes)
@@ -203,7 +212,7 @@ class Block(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x, view, cache=None, index=0):
+    def __call__(self, x, view, windowed, cache=None):
         """Arguments and results as in `Attention`."""
         config = self.config
 
@@ -211,7 +220,7 @@ class Block(nn.Module):
             return RMSNorm(config, name=name)(x)
 
         attended, cache = Attention(config, name="attention")(
-            norm("attention_norm", x), view, cache, index
+            norm("attention_norm", x), view, windowed, cache
         )
         if config.sandwich_norm:
             attended = norm("attention_out_norm", attended)
@@ -262,7 +271,9 @@ class Transformer(nn.Module):
         block = Block
         if config.remat != "none":
             policy = REMAT_POLICIES[config.remat]
-            block = nn.remat(block, policy=policy, prevent_cse=False)
+            # Where all layers are of one kind, `windowed` says which while tracing.
+            static = (3,) if len(set(config.windows)) == 1 else ()
+            block = nn.remat(block, policy=policy, prevent_cse=False, static_argnums=static)
         axes: Any = (nn.broadcast, 0)  # flax types in_axes as int alone
         self.layers = nn.scan(
             _scanned(block),
@@ -292,8 +303,8 @@ class Transformer(nn.Module):
         """
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
         positions = positions_from_mask(mask) if positions is None else positions
-        views = layer_views(self.config, positions, causal_mask(mask))
-        x, _ = self.layers(self.embedding(tokens), views, jnp.array(self.config.windows))
+        view = layer_view(self.config, positions, Columns(mask))
+        x, _ = self.layers(self.embedding(tokens), view, jnp.array(self.config.windows))
         return self.final_norm(x)
 
     def logits(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -313,13 +324,10 @@ def _scanned(block: type[nn.Module]) -> type[nn.Module]:
 
     class ScannedBlock(block):
         @nn.compact
-        def __call__(self, x, views, windowed):
-            if len(views) == 1:
-                (view,) = views.values()
-            else:
-                choose = lambda window, full: jnp.where(windowed, window, full)  # noqa: E731
-                view = jax.tree.map(choose, views[True], views[False])
-            x, _ = super().__call__(x, view)
+        def __call__(self, x, view, windowed):
+            if len(view.rotations) == 1:
+                (windowed,) = view.rotations
+            x, _ = super().__call__(x, view, windowed)
             return x, None
 
     return ScannedBlock

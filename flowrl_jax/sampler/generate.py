@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from flowrl_jax.masking import positions_from_mask
-from flowrl_jax.models.attention import causal_mask
+from flowrl_jax.models.attention import Columns
 from flowrl_jax.models.decode import decode_params, forward_cached, grow_caches, unembed
 from flowrl_jax.models.transformer import Cache, Transformer, TransformerConfig
 from flowrl_jax.sampler.sampling import draw
@@ -200,7 +200,7 @@ def _prefill(
     expand = lambda x: jnp.repeat(x, config.group_size, axis=0)  # noqa: E731
     mask = one_per_group(prompts.mask)
     hidden, caches = forward_cached(
-        weights, shape, one_per_group(prompts.tokens), positions_from_mask(mask), causal_mask(mask)
+        weights, shape, one_per_group(prompts.tokens), positions_from_mask(mask), Columns(mask)
     )
     logits = expand(unembed(weights, shape, hidden[:, -1]))
     token, logprob = _draw(logits, uniforms[0], config)
@@ -224,20 +224,20 @@ def _decode(
     config: SamplerConfig,
 ) -> _State:
     """Draws the other tokens, one loop per segment of the cache."""
-    batch, width = prompts.tokens.shape
+    width = prompts.tokens.shape[1]
     prompt_size = prompts.mask.sum(axis=1, dtype=jnp.int32)
 
     def step(state: _State) -> _State:
-        columns = jnp.arange(state.caches[0][0].shape[2] - width)
-        generated = jnp.broadcast_to(columns < state.count, (batch, columns.size))
+        # Columns after the token's own are not looked at: they may as well be real.
+        room = state.caches[0][0].shape[2] - width
+        real = jnp.pad(prompts.mask, ((0, 0), (0, room)), constant_values=True)
         hidden, caches = forward_cached(
             weights,
             shape,
             state.tokens[state.count - 1][:, None],
             (prompt_size + state.count - 1)[:, None],
-            jnp.concatenate([prompts.mask, generated], axis=1)[:, None],
+            Columns(real, width + state.count - 1),
             state.caches,
-            width + state.count - 1,
         )
         logits = unembed(weights, shape, hidden[:, 0])
         token, logprob = _draw(logits, uniforms[state.count], config)
