@@ -52,6 +52,29 @@ class MeshConfig:
     tensor: int = 1
 
 
+def mesh_shape(config: MeshConfig, count: int) -> tuple[int, ...]:
+    """Sizes of the mesh's axes over a number of devices.
+
+    Raises:
+        InputError: if the sizes do not multiply to the number of devices.
+    """
+    shape = [config.data, config.fsdp, config.tensor]
+    known = int(np.prod([size for size in shape if size != -1]))
+    if shape.count(-1) > 1 or any(size == 0 or size < -1 for size in shape):
+        raise InputError(
+            f"mesh {dict(zip(MESH_AXES, shape, strict=True))}: sizes must be positive, at most one"
+            " of them -1"
+        )
+    if -1 in shape and count % known == 0:
+        shape[shape.index(-1)] = count // known
+    if int(np.prod(shape)) != count:
+        raise InputError(
+            f"mesh data x fsdp x tensor = {' x '.join(map(str, shape))} does not fit"
+            f" {count} devices: choose sizes whose product is {count}"
+        )
+    return tuple(shape)
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Arranges devices as `config` says.
 
@@ -63,20 +86,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         InputError: if the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    shape = [config.data, config.fsdp, config.tensor]
-    known = int(np.prod([size for size in shape if size != -1]))
-    if shape.count(-1) > 1 or any(size == 0 or size < -1 for size in shape):
-        raise InputError(
-            f"mesh {dict(zip(MESH_AXES, shape, strict=True))}: sizes must be positive, at most one"
-            " of them -1"
-        )
-    if -1 in shape and len(devices) % known == 0:
-        shape[shape.index(-1)] = len(devices) // known
-    if int(np.prod(shape)) != len(devices):
-        raise InputError(
-            f"mesh data x fsdp x tensor = {' x '.join(map(str, shape))} does not fit"
-            f" {len(devices)} devices: choose sizes whose product is {len(devices)}"
-        )
+    shape = mesh_shape(config, len(devices))
     return Mesh(
         np.array(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
     )

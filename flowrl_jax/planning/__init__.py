@@ -1,0 +1,1 @@
+"""What a run needs, before there are chips to run it on."""

@@ -1,0 +1,223 @@
+"""The programs of a run, lowered for devices that are not there."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from flowrl_jax.config import Config
+from flowrl_jax.errors import InputError
+from flowrl_jax.models.attention import Columns
+from flowrl_jax.models.decode import decode_params, forward_cached, unembed
+from flowrl_jax.models.transformer import Transformer
+from flowrl_jax.optimizer import make_optimizer
+from flowrl_jax.planning.shapes import planned_shape
+from flowrl_jax.sharding import MESH_AXES, Layout, make_layout, mesh_shape
+from flowrl_jax.train_step import (
+    Learner,
+    abstract_policy,
+    abstract_state,
+    check_batch,
+    make_score,
+    make_train_step,
+)
+from flowrl_jax.types import TrainBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A program of the loop.
+
+    Attributes:
+        name: "train_step", "score", "prefill" or "decode".
+        lower: lowers it for the planned devices.
+        tokens: that it computes, over all devices.
+        backward: whether it has a backward pass.
+        trips: how often its micro-batches repeat within it.
+    """
+
+    name: str
+    lower: Callable[[], Any]
+    tokens: int
+    backward: bool
+    trips: int
+
+
+def planned_learner(config: Config, devices: list[Any]) -> Learner:
+    """The learner of a config over devices that need not be there.
+
+    Args:
+        config: the settings; neither weights nor a tokenizer are read.
+        devices: as a topology describes them.
+
+    Raises:
+        InputError: the mesh or the batch does not divide, or the model's shape is not known.
+    """
+    shape = mesh_shape(config.mesh, len(devices))
+    mesh = Mesh(
+        np.array(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
+    )
+    model = planned_shape(config.model, vocab_multiple=np.lcm(64, shape[-1]).item())
+    if devices[0].platform == "tpu" and model.attention == "xla":
+        model = dataclasses.replace(model, attention="splash")
+    log_z = getattr(config.loss, "log_z", None)
+    train_log_z = log_z is not None and log_z.kind == "head"
+    learner = Learner(
+        model=Transformer(model),
+        objective=config.loss,
+        optimizer=make_optimizer(
+            config.optimizer, config.steps, config.updates, train_log_z=train_log_z
+        ),
+        group_size=config.rollout.group_size,
+        temperature=config.rollout.temperature,
+        config=config.train.step,
+        layout=make_layout(mesh, model.axis_sizes),
+    )
+    try:
+        check_batch(learner, config.rows_per_update)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return learner
+
+
+def programs(config: Config, learner: Learner) -> Iterator[Program]:
+    """The programs in the order in which a step runs them."""
+    rollout, layout = config.rollout, learner.layout
+    prompts = rollout.prompts_per_batch or rollout.prompts_per_step
+    rows = prompts * rollout.group_size
+    width, length = rollout.max_prompt_length, rollout.max_response_length
+    micro = config.train.micro_batch_size or config.rows_per_update
+    arrays = _Arrays(layout, width, length)
+    yield Program(
+        "prefill", lambda: _lower_prefill(learner, arrays, prompts), prompts * width, False, 1
+    )
+    yield Program("decode", lambda: _lower_decode(learner, arrays, rows), rows, False, 1)
+    total = rollout.prompts_per_step * rollout.group_size
+    yield Program(
+        "score",
+        lambda: _lower_score(learner, arrays, total),
+        total * (width + length),
+        False,
+        total // np.gcd(total, micro).item(),
+    )
+    update = config.rows_per_update
+    yield Program(
+        "train_step",
+        lambda: _lower_train_step(learner, arrays, update),
+        update * (width + length),
+        True,
+        update // micro,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Arrays:
+    """Makes shapes of batches."""
+
+    layout: Layout
+    width: int
+    length: int
+
+    def rows(self, count: int, *shape: int, dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((count, *shape), dtype, sharding=self.layout.batch)
+
+    def masks(self, count: int) -> tuple[Any, Any]:
+        return self.rows(count, self.width, dtype=bool), self.rows(count, self.length, dtype=bool)
+
+    def tokens(self, count: int) -> Any:
+        return self.rows(count, self.width + self.length, dtype=jnp.int32)
+
+
+def _key(layout: Layout) -> Any:
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=layout.replicated)
+
+
+def _lower_train_step(learner: Learner, arrays: _Arrays, rows: int) -> Any:
+    state, _ = abstract_state(learner, num_prompts=rows)
+    prompt_mask, response_mask = arrays.masks(rows)
+    logprobs = arrays.rows(rows, arrays.length, dtype=jnp.float32)
+    ids = arrays.rows(rows, dtype=jnp.int32)
+    batch = TrainBatch(
+        tokens=arrays.tokens(rows),
+        prompt_mask=prompt_mask,
+        response_mask=response_mask,
+        old_logprobs=logprobs,
+        ref_logprobs=logprobs,
+        reward=arrays.rows(rows, dtype=jnp.float32),
+        prompt_id=ids,
+        row_id=ids,
+    )
+    base = (abstract_policy(learner),) if learner.model.config.lora.rank else ()
+    step = make_train_step(learner, num_prompts=rows)
+    return step.lower(state, batch, _key(arrays.layout), *base)
+
+
+def _lower_score(learner: Learner, arrays: _Arrays, rows: int) -> Any:
+    tokens, masks = arrays.tokens(rows), arrays.masks(rows)
+    return make_score(learner).lower(abstract_policy(learner), tokens, *masks)
+
+
+def _lower_prefill(learner: Learner, arrays: _Arrays, prompts: int) -> Any:
+    config, layout = learner.model.config, learner.layout
+
+    def prefill(params, tokens, mask):
+        with layout.activate():
+            weights = decode_params(params, config)
+            positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+            hidden, caches = forward_cached(weights, config, tokens, positions, Columns(mask))
+            return unembed(weights, config, hidden[:, -1]), caches
+
+    tokens = arrays.rows(prompts, arrays.width, dtype=jnp.int32)
+    mask = arrays.rows(prompts, arrays.width, dtype=bool)
+    return jax.jit(prefill).lower(abstract_policy(learner), tokens, mask)
+
+
+def _lower_decode(learner: Learner, arrays: _Arrays, rows: int) -> Any:
+    """One token of every row, over a cache of the full length."""
+    config, layout = learner.model.config, learner.layout
+    columns = arrays.width + arrays.length
+    cache = jax.ShapeDtypeStruct(
+        (rows, config.num_kv_heads, columns, config.head_dim),
+        config.dtype,
+        sharding=layout.sharding("batch", "kv_heads", "seq", "head_dim"),
+    )
+    caches = ((cache, cache),) * config.num_layers
+    weights = jax.eval_shape(lambda params: decode_params(params, config), abstract_policy(learner))
+    weights = _sharded_like(weights, learner)
+
+    def decode(weights, caches, token, position, real, column):
+        with layout.activate():
+            hidden, caches = forward_cached(
+                weights, config, token, position, Columns(real, column), caches
+            )
+            return unembed(weights, config, hidden[:, 0]), caches
+
+    one = arrays.rows(rows, 1, dtype=jnp.int32)
+    real = arrays.rows(rows, columns, dtype=bool)
+    column = jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.replicated)
+    return jax.jit(decode, donate_argnums=1).lower(weights, caches, one, one, real, column)
+
+
+def _sharded_like(weights: Any, learner: Learner) -> Any:
+    """Decoding's weights, cut as the policy's are; layers are apart and have no axis of layers."""
+    policy = abstract_policy(learner)
+
+    def drop(x, whole):
+        spec = tuple(whole.sharding.spec)[1:]
+        sharding = jax.sharding.NamedSharding(
+            whole.sharding.mesh, jax.sharding.PartitionSpec(*spec)
+        )
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    def keep(x, whole):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole.sharding)
+
+    layers = tuple(jax.tree.map(drop, layer, policy["layers"]) for layer in weights["layers"])
+    rest = {name: value for name, value in policy.items() if name != "layers"}
+    kept = jax.tree.map(keep, {name: weights[name] for name in rest}, rest)
+    return {**kept, "layers": layers}

@@ -1,0 +1,54 @@
+"""The shape of a policy that is to be planned for, whether or not it has been downloaded."""
+
+import dataclasses
+from pathlib import Path
+
+from flowrl_jax.config import DTYPES, ModelConfig
+from flowrl_jax.errors import InputError
+from flowrl_jax.models.architecture import TransformerConfig
+from flowrl_jax.models.hf_config import read_config
+
+_QWEN = {"rope_theta": 1e6, "qkv_bias": True, "tie_embeddings": False, "family": "qwen2"}
+# Vocabulary, layers, width, query heads, key heads, head, mlp: from the published config.json.
+PUBLISHED = {
+    "Qwen2.5-7B": TransformerConfig(152_064, 28, 3584, 28, 4, 128, 18_944, **_QWEN),
+    "Qwen2.5-32B": TransformerConfig(152_064, 64, 5120, 40, 8, 128, 27_648, **_QWEN),
+    "DeepSeek-R1-Distill-Qwen-7B": TransformerConfig(
+        152_064, 28, 3584, 28, 4, 128, 18_944, **(_QWEN | {"rope_theta": 1e4})
+    ),
+}
+
+
+def planned_shape(model: ModelConfig, vocab_multiple: int) -> TransformerConfig:
+    """The decoder of a config: its folder's, a published one by the folder's name, or its own.
+
+    Args:
+        model: the config's section.
+        vocab_multiple: as in `TransformerConfig`.
+
+    Raises:
+        InputError: the folder is missing and its name is not one of `PUBLISHED`.
+    """
+    computing = {
+        "dtype": DTYPES[model.dtype],
+        "remat": model.remat,
+        "attention": model.attention,
+        "lora": model.lora,
+        "vocab_multiple": vocab_multiple,
+    }
+    if not model.path:
+        fields = {field.name for field in dataclasses.fields(TransformerConfig)}
+        given = {name: value for name, value in vars(model).items() if name in fields}
+        given["vocab_size"] = model.vocab_size or 1024  # no tokenizer is asked
+        return TransformerConfig(**(given | computing))
+    name = Path(model.path).name
+    if Path(model.path).is_dir():
+        shape = read_config(Path(model.path))
+    elif name in PUBLISHED:
+        shape = PUBLISHED[name]
+    else:
+        raise InputError(
+            f"model.path={model.path}: no such folder, and no shape is known by the name {name};"
+            f" download its config.json, or name one of {', '.join(PUBLISHED)}"
+        )
+    return dataclasses.replace(shape, **computing)
