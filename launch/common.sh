@@ -1,9 +1,9 @@
 # shellcheck shell=bash
 # What the launchers share: settings from flags or a file, commands shown or run, mistakes in one line.
 #
-# A launcher sets SETTINGS, the names it knows, and SWITCHES, its flags without a value; then
-# `read_arguments "$@"` fills the array `words` (subcommand), `passed` (what stands after --) and one
-# variable a setting: --accelerator-type=X and the file's line ACCELERATOR_TYPE=X are the same, and the
+# A launcher sets SETTINGS, the names it knows (NAME or NAME=DEFAULT), and SWITCHES, its flags without a
+# value; then `read_arguments "$@"` fills the arrays `words` (subcommand) and `passed` (what stands after
+# --) and one variable a setting and switch: --accelerator-type=X and the file's line ACCELERATOR_TYPE=X are the same, and the
 # flag wins. Nothing is taken from anywhere else.
 
 # shellcheck disable=SC2034 # the launchers use them
@@ -46,7 +46,7 @@ need() {
 
 _known() {
     local name
-    for name in "${SETTINGS[@]}"; do [[ $name == "$1" ]] && return; done
+    for name in "${SETTINGS[@]%%=*}"; do [[ $name == "$1" ]] && return; done
     return 1
 }
 
@@ -74,13 +74,21 @@ _read_file() {
         name=${BASH_REMATCH[1]} value=${BASH_REMATCH[2]}
         [[ $value =~ ^\"(.*)\"$ || $value =~ ^\'(.*)\'$ ]] && value=${BASH_REMATCH[1]}
         _known "$name" ||
-            fail "$WRONG_INPUT" "$1 line $number: $name is not known; known: ${SETTINGS[*]}"
+            fail "$WRONG_INPUT" "$1 line $number: $name is not known; known: ${SETTINGS[*]%%=*}"
         [[ -v given[$name] ]] || given[$name]=$value
     done <"$1"
 }
 
 read_arguments() {
     local word name file=''
+    for name in "${SETTINGS[@]}"; do
+        [[ $name == *=* ]] || name+==
+        printf -v "${name%%=*}" '%s' "${name#*=}"
+    done
+    for name in "${SWITCHES[@]}"; do
+        name=${name//-/_}
+        printf -v "${name^^}" ''
+    done
     while (($# > 0)); do
         word=$1
         shift

@@ -47,11 +47,8 @@ readonly HERE REPOSITORY=${HERE%/launch/tpu}
 # shellcheck source=launch/common.sh
 source "$HERE/../common.sh"
 
-SETTINGS=(PROJECT ZONE NAME ACCELERATOR_TYPE RUNTIME_VERSION CAPACITY RUN BUCKET SLICES POLL TO WORKER)
+SETTINGS=(PROJECT ZONE NAME ACCELERATOR_TYPE RUNTIME_VERSION CAPACITY RUN BUCKET SLICES=1 POLL=30 TO WORKER)
 SWITCHES=(recreate watch checkpoints no-follow)
-PROJECT='' ZONE='' NAME='' ACCELERATOR_TYPE='' RUNTIME_VERSION='' CAPACITY='' RUN='' BUCKET=''
-SLICES=1 POLL=30 TO='' WORKER=''
-RECREATE='' WATCH='' CHECKPOINTS='' NO_FOLLOW=''
 
 # On the workers, below the home folder; launch/tpu/worker.sh knows the rest.
 readonly REMOTE=flowrl_jax
