@@ -82,7 +82,7 @@ _read_file() {
 read_arguments() {
     local word name file=''
     for name in "${SETTINGS[@]}"; do
-        [[ $name == *=* ]] || name+==
+        [[ $name == *=* ]] || name+='='
         printf -v "${name%%=*}" '%s' "${name#*=}"
     done
     for name in "${SWITCHES[@]}"; do

@@ -30,7 +30,7 @@ set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 readonly HERE
-# shellcheck source=launch/common.sh
+# shellcheck source=../common.sh
 source "$HERE/../common.sh"
 
 SETTINGS=(NAME IMAGE ACCELERATOR TOPOLOGY CHIPS BUCKET SERVICE_ACCOUNT CAPACITY
@@ -45,12 +45,13 @@ quote() {
     printf '"%s"' "${text//$'\t'/\\t}"
 }
 
-hosts() {
+# Leaves the number of hosts of a slice in `hosts`.
+count_hosts() {
     local chips=1 side
     for side in ${TOPOLOGY//x/ }; do ((chips *= side)); done
     ((chips % CHIPS == 0)) ||
         fail "$WRONG_INPUT" "--topology=$TOPOLOGY has $chips chips, which --chips=$CHIPS a host do not divide"
-    printf '%s' "$((chips / CHIPS))"
+    hosts=$((chips / CHIPS))
 }
 
 # The template with its {{NAME}}s filled in.
@@ -58,11 +59,12 @@ render() {
     require NAME IMAGE ACCELERATOR TOPOLOGY CHIPS BUCKET SERVICE_ACCOUNT CAPACITY
     ((${#passed[@]})) || fail "$WRONG_INPUT" "what to train is missing: give it after --, as in -- --config=configs/math_7b.py"
     refuse_passed --workdir --resume
-    local manifest word name spot='' arguments=''
+    local manifest word name hosts spot='' arguments=''
+    count_hosts
     [[ $CAPACITY == on-demand ]] || spot=$'\n                cloud.google.com/gke-spot: "true"'
     for word in "${passed[@]}"; do arguments+=$'\n                    - '$(quote "$word"); done
     manifest=$(<"$HERE/jobset.yaml")
-    manifest=${manifest//"{{HOSTS}}"/$(hosts)}
+    manifest=${manifest//"{{HOSTS}}"/$hosts}
     for name in NAME NAMESPACE SLICES MAX_RESTARTS CHIPS; do
         manifest=${manifest//"{{$name}}"/"${!name}"}
     done
@@ -75,7 +77,7 @@ render() {
 
 apply() {
     local manifest
-    manifest=$(render)
+    manifest=$(render) || exit # its line has been said
     run kubectl apply --filename=- "$@" <<<"$manifest"
     [[ -z $DRY_RUN ]] || printf '%s\n' "$manifest"
 }

@@ -16,7 +16,7 @@ set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 readonly HERE
-# shellcheck source=launch/common.sh
+# shellcheck source=../common.sh
 source "$HERE/../common.sh"
 
 SETTINGS=(PROJECT ZONE CLUSTER NAME IMAGE TPU_TYPE WORKDIR SLICES=1 MAX_RESTARTS=100)
@@ -31,7 +31,6 @@ require PROJECT ZONE CLUSTER NAME IMAGE TPU_TYPE WORKDIR
 ((${#passed[@]})) || fail "$WRONG_INPUT" "what to train is missing: give it after --, as in -- --config=configs/math_7b.py"
 refuse_passed --workdir --resume
 need xpk "pip install xpk"
-# shellcheck disable=SC2153 # read_arguments sets them
 run xpk workload create --project="$PROJECT" --zone="$ZONE" --cluster="$CLUSTER" --workload="$NAME" \
     --docker-image="$IMAGE" --tpu-type="$TPU_TYPE" --num-slices="$SLICES" --max-restarts="$MAX_RESTARTS" \
     --command="cd /flowrl_jax && $(typed launch/supervise.sh .venv/bin/python -u -m flowrl_jax.train \

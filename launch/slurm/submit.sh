@@ -20,7 +20,7 @@ set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 readonly HERE
-# shellcheck source=launch/common.sh
+# shellcheck source=../common.sh
 source "$HERE/../common.sh"
 
 SETTINGS=(NAME NODES GPUS_PER_NODE TIME WORKDIR PROCESSES=gpu PARTITION ACCOUNT QOS CPUS_PER_TASK MEM
@@ -41,7 +41,6 @@ check WARNING '[1-9][0-9]*' "seconds"
 refuse_passed --workdir --resume
 need sbatch "this is for a login node of a Slurm cluster"
 
-# shellcheck disable=SC2153 # read_arguments sets them
 options=(--job-name="$NAME" --nodes="$NODES" --gpus-per-node="$GPUS_PER_NODE" --time="$TIME"
     --signal="B:USR1@$WARNING" --export="ALL,FLOWRL_PROCESSES=$PROCESSES")
 tasks=$GPUS_PER_NODE

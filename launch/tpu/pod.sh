@@ -44,7 +44,7 @@ set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 readonly HERE REPOSITORY=${HERE%/launch/tpu}
-# shellcheck source=launch/common.sh
+# shellcheck source=../common.sh
 source "$HERE/../common.sh"
 
 SETTINGS=(PROJECT ZONE NAME ACCELERATOR_TYPE RUNTIME_VERSION CAPACITY RUN BUCKET SLICES=1 POLL=30 TO WORKER)
