@@ -14,8 +14,9 @@ WHO=$(hostname)
 readonly WHO
 
 say() { printf '%s: %s\n' "$WHO" "$*"; }
+# Whoever asked says in the end that it failed, and what to do; this is why.
 fail() {
-    printf 'error: %s: %s\n' "$WHO" "$*" >&2
+    printf '%s: %s\n' "$WHO" "$*" >&2
     exit 1
 }
 
@@ -130,7 +131,7 @@ cmd_start() {
     rm -f "$BASE"/run.{exit,pid,stopped}
     printf '%s\n' "$run" >"$BASE/run.name"
     # With --resume from the start: a new folder begins from the beginning, another one goes on.
-    setsid bash "${BASH_SOURCE[0]}" supervised "$CODE/.venv/bin/python" -u -m flowrl_jax.train \
+    setsid bash "$CODE/launch/tpu/worker.sh" supervised "$CODE/.venv/bin/python" -u -m flowrl_jax.train \
         --workdir="$STORAGE/runs/$run" --resume "$@" </dev/null >>"$BASE/run.log" 2>&1 &
     local i
     for ((i = 0; i < 50; ++i)); do
