@@ -39,9 +39,10 @@ test-fast: $(TEST) ## the tests that take seconds
 test-accelerator: $(TEST) ## the tests that need the GPU or TPU named by ACCELERATOR
 	FLOWRL_TEST_PLATFORM=$(ACCELERATOR) $(RUN) -m pytest -m accelerator
 
-lint: $(TEST) ## ruff: rules and format
+lint: $(TEST) ## ruff: rules and format; shellcheck
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
+	$(VENV)/bin/shellcheck launch/*.sh launch/*/*.sh launch/slurm/train.sbatch
 
 format: $(TEST) ## ruff: mend what it can
 	$(RUN) -m ruff check --fix

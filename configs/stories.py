@@ -35,7 +35,8 @@ def get_config(preset: str = "flowrl") -> ml_collections.ConfigDict:
         max_response_length=48,
     )
     config.loss = preset_loss(preset)
-    config.loss.beta = 3.0
+    if "beta" in config.loss:
+        config.loss.beta = 3.0
     config.optimizer.update(
         learning_rate=1e-3,
         log_z_learning_rate=1e-2,

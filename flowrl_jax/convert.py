@@ -39,6 +39,7 @@ from flowrl_jax.assembly import (
 )
 from flowrl_jax.checkpoint import CheckpointConfig, Checkpointer, restore_host, restore_log_z
 from flowrl_jax.config import Config
+from flowrl_jax.distributed import define_flags, join
 from flowrl_jax.errors import InputError
 from flowrl_jax.models.architecture import LoraConfig
 from flowrl_jax.models.hf_fields import read_json
@@ -239,10 +240,12 @@ def _export_flags(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_bool("adapter", False, "write the run's adapters alone", flag_values=values)
+    define_flags(values)
 
 
 def _import_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("out", "", "folder of the run to make", flag_values=values)
+    define_flags(values)
 
 
 def _required(values: flags.FlagValues, name: str, what: str) -> str:
@@ -267,6 +270,7 @@ def _export(config: Config, values: flags.FlagValues) -> None:
     dtype = values["dtype"].value
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype={dtype}: not known; give one of {', '.join(DTYPES)}")
+    join(values)
     configure_jax()
     adapter = bool(values["adapter"].value)
     if adapter and dtype is not None:
@@ -278,6 +282,7 @@ def _export(config: Config, values: flags.FlagValues) -> None:
 
 def _import(config: Config, values: flags.FlagValues) -> None:
     out = _required(values, "out", "the folder of the run to make")
+    join(values)
     configure_jax()
     import_checkpoint(config, out)
     if jax.process_index() == 0:

@@ -22,6 +22,7 @@ from flowrl_jax.assembly import (
 )
 from flowrl_jax.config import Config, EvalConfig
 from flowrl_jax.datasets.pipeline import PromptSource
+from flowrl_jax.distributed import define_flags, join
 from flowrl_jax.errors import InputError
 from flowrl_jax.evaluation import Summary, prompt_values, summarize
 from flowrl_jax.graded import samples_from_records, write_records
@@ -163,7 +164,10 @@ def main(arguments: list[str] | None = None) -> int:
     flags.DEFINE_string("out", "", "JSON-lines file for the judged samples", flag_values=values)
     flags.DEFINE_string("json", "", "file for the summary", flag_values=values)
 
+    define_flags(values)
+
     def start(config: Config, values: flags.FlagValues) -> None:
+        join(values)
         configure_jax()
         run = str(values["run"].value)
         if run and not Path(run).is_dir():

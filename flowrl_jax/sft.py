@@ -28,6 +28,7 @@ from flowrl_jax.assembly import (
 from flowrl_jax.checkpoint import CheckpointConfig, Checkpointer
 from flowrl_jax.config import Config
 from flowrl_jax.datasets.pipeline import PromptSource
+from flowrl_jax.distributed import define_flags, join
 from flowrl_jax.errors import InputError
 from flowrl_jax.metrics import MetricWriter
 from flowrl_jax.objectives.sft import SFTConfig
@@ -140,9 +141,12 @@ def main(arguments: list[str] | None = None) -> int:
     values = cli.config_flag_values("Fine-tunes a policy on its task's demonstrations.")
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
 
+    define_flags(values)
+
     def start(config: Config, values: flags.FlagValues) -> None:
         if not values["workdir"].value:
             raise InputError("--workdir is missing: name the folder of the run")
+        join(values)
         configure_jax()
         sft(config, values["workdir"].value)
 

@@ -32,6 +32,7 @@ from flowrl_jax.assembly import (
 from flowrl_jax.checkpoint import Checkpointer
 from flowrl_jax.config import Config
 from flowrl_jax.datasets.pipeline import PromptSource
+from flowrl_jax.distributed import any_process, define_flags, join
 from flowrl_jax.errors import InputError
 from flowrl_jax.evaluate import Evaluator
 from flowrl_jax.learning_batch import make_learning_batch, make_minibatch
@@ -281,14 +282,16 @@ def _run_steps(
         if evaluator and (step % config.eval.every == 0 or step == config.steps):
             evaluation = evaluator.metrics(loop.policy(state), loop.reference)
             writer.write(step, evaluation)
-        last = step == config.steps or terminated.is_set()
+        # Clusters warn all hosts at about, not exactly, the same time; they stop at one step.
+        stopping = any_process(terminated.is_set())
+        last = step == config.steps or stopping
         if last or checkpointer.should_save(step):
             # A step that a checkpoint holds must have its line of metrics, or a kill between the
             # two would lose it.
             writer.flush()
             save = checkpointer.save_final if last else checkpointer.save
             save(step, state, {"position": position}, evaluation)
-        if terminated.is_set() and step < config.steps:
+        if stopping and step < config.steps:
             raise cli.Preempted(f"saved step {step}; start again with --resume")
 
 
@@ -316,9 +319,12 @@ def main(arguments: list[str] | None = None) -> int:
         "compilation_cache", "", "folder of compiled programs to reuse", flag_values=values
     )
 
+    define_flags(values)
+
     def start(config: Config, values: flags.FlagValues) -> None:
         if not values["workdir"].value:
             raise InputError("--workdir is missing: name the folder of the run")
+        join(values)
         configure_jax(values["compilation_cache"].value)
         train(config, values["workdir"].value, resume=bool(values["resume"].value))
 
