@@ -19,7 +19,8 @@ carry the instruction already, as the released parquet file does, set
 Hardware: the paper used 8 H800 of 80 GB. Full fine-tuning at 2048 + 8192 tokens with float32 master
 weights and moments fits, with flash attention and by the TPU compiler's account, on 2 v5p, 8 v6e or
 16 v5e chips or one of tpu7x. `train.micro_batch_size` is one response per chip: set it to the
-number of chips. On GPUs add --config.model.attention=cudnn.
+number of chips. On TPU add --config.model.attention=splash, on GPUs cudnn. What another slice would
+need says `python -m flowrl_jax.plan` (docs/plan.md).
 
 Expected: the paper's table 1 in percent, means over 16 samples at temperature 0.6 and top-p 0.95,
 after a number of steps that is not stated (names of released files say 200 and 300):
@@ -32,9 +33,7 @@ after a number of steps that is not stated (names of released files say 200 and 
 They were graded by math-verify, which accepts more than the training reward does, so `eval/` here,
 which uses the training reward, is not comparable with them.
 
-Not there yet: flash attention on TPU comes with the issue "Scale" (until then the scores of one
-layer are 11 GiB a sequence at 10,240 tokens: shorten the responses); a grader that knows
-mathematics with "Tasks".
+Not there yet: a grader that knows mathematics.
 """
 
 import ml_collections

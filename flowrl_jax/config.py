@@ -43,7 +43,7 @@ class ModelConfig:
             from; its shape must be the one given here. The reference policy is the same one.
         dtype: of activations, "float32" or "bfloat16"; master weights are float32 either way.
         remat: "none", "dots" or "full", see `TransformerConfig`.
-        attention: "xla" or "cudnn".
+        attention: "xla", "cudnn" or "splash", see `models.attention.attend`.
         vocab_size: ids of the model; 0 means the tokenizer's.
         num_layers: blocks.
         embed_dim: width of the residual stream.
