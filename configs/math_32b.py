@@ -10,7 +10,6 @@ Hardware: the paper used 32 GPUs. Full fine-tuning at 2048 + 8192 tokens fits, w
 and by the TPU compiler's account, on 8 v5p, 32 v6e or 64 v5e chips (there with mesh.tensor=4) or 4
 of tpu7x. `train.micro_batch_size` is one response per batch shard (data x fsdp): 8, 32, 16 there.
 
-
 Expected, the paper's table 1 in percent:
 
               AIME24  AIME25  AMC23  MATH500  Minerva  Olympiad  mean
