@@ -8,6 +8,7 @@ heartbeats to process 0, and all end, with a message, once one has been silent f
 import importlib.util
 import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -55,7 +56,8 @@ def join(values: flags.FlagValues) -> None:
 
     Raises:
         InputError: a flag's value is malformed.
-        SystemExit: the others were not there in time; exit code 1, worth another try.
+        SystemExit: process 0 cannot be found or its port is taken; exit code 1, worth another try.
+            Where another process does not come in time, jaxlib aborts this one.
     """
     choice, seconds = str(values["distributed"].value), int(values["heartbeat_seconds"].value)
     if seconds < 1:
@@ -67,6 +69,14 @@ def join(values: flags.FlagValues) -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     coordinator, count, index = address or (None, None, None)
+    # Said beforehand: where a process is missing, jaxlib ends this one without a way to intervene.
+    print(
+        f"--distributed={choice}: waiting for the other processes; if this one ends now, one of them"
+        f" was not there within {JOIN_SECONDS} s: run the same command on all hosts, and see that"
+        " they reach process 0's port",
+        file=sys.stderr,
+        flush=True,
+    )
     try:
         jax.distributed.initialize(
             coordinator,

@@ -28,7 +28,7 @@
 #     --namespace        default `default`
 set -euo pipefail
 
-HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 readonly HERE
 # shellcheck source=../common.sh
 source "$HERE/../common.sh"

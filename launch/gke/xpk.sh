@@ -14,7 +14,7 @@
 #     --max-restarts               of the whole run after lost pods; default 100
 set -euo pipefail
 
-HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 readonly HERE
 # shellcheck source=../common.sh
 source "$HERE/../common.sh"

@@ -18,7 +18,7 @@
 #     --warning         seconds before the time limit; default 600
 set -euo pipefail
 
-HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 readonly HERE
 # shellcheck source=../common.sh
 source "$HERE/../common.sh"

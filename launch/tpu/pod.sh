@@ -42,7 +42,7 @@
 # Exit codes: 0 done, 1 Google Cloud or a worker failed, 2 wrong input, 75 preempted.
 set -euo pipefail
 
-HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 readonly HERE REPOSITORY=${HERE%/launch/tpu}
 # shellcheck source=../common.sh
 source "$HERE/../common.sh"
@@ -122,16 +122,21 @@ nodes() {
     fi
 }
 
-# remote WORKER COMMAND...: runs a command on a worker, or `all`, of every slice.
+# remote WORKER COMMAND...: runs a command on a worker of the first slice, or on `all` of all slices, at
+# the same time: a program that waits for its others must not keep them from starting.
 remote() {
     local -r worker=$1
-    local node
+    local node failed=0 started=()
     shift
     for node in $(nodes); do
         run gcloud compute tpus tpu-vm ssh "$node" --project="$PROJECT" --zone="$ZONE" \
-            --worker="$worker" --command="$(typed "$@")" || return
-        [[ $worker == all ]] || return 0 # one worker is one of the first slice
+            --worker="$worker" --command="$(typed "$@")" &
+        started+=("$!")
+        [[ -z $DRY_RUN ]] || wait "$!" # in order
+        [[ $worker == all ]] || break
     done
+    for node in "${started[@]}"; do wait "$node" || failed=1; done
+    return "$failed"
 }
 
 copy_to_all() {

@@ -1,0 +1,93 @@
+"""Several processes as one run: what --distributed accepts, and when it joins anybody."""
+
+from typing import Any
+
+import jax
+import pytest
+from absl import flags
+
+from flowrl_jax import distributed
+from flowrl_jax.errors import InputError
+
+
+def parsed(*words: str) -> flags.FlagValues:
+    """The flags of a command line."""
+    values = flags.FlagValues()
+    distributed.define_flags(values)
+    values(["command", *words])
+    return values
+
+
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple, dict[str, Any]]]:
+    """What jax.distributed was asked for; it joins nobody, and jax's settings stay."""
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append((a, k)))
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    for name in ("SLURM_NTASKS", "SLURM_STEP_NODELIST", "FLOWRL_DISTRIBUTED"):
+        monkeypatch.delenv(name, raising=False)
+    return calls
+
+
+def test_a_machine_of_its_own_joins_nobody(joined: list) -> None:
+    distributed.join(parsed())
+    distributed.join(parsed("--distributed=none"))
+    assert joined == []
+
+
+def test_processes_given_by_hand(joined: list, capsys: pytest.CaptureFixture) -> None:
+    distributed.join(parsed("--distributed=10.0.0.2:8476,4,3", "--heartbeat_seconds=7"))
+    assert capsys.readouterr().err.count("\n") == 1
+    ((address, settings),) = joined
+    assert address == ("10.0.0.2:8476", 4, 3)
+    assert settings["heartbeat_timeout_seconds"] == settings["shutdown_timeout_seconds"] == 7
+
+
+def test_a_dead_process_is_noticed_within_a_minute(joined: list) -> None:
+    distributed.join(parsed("--distributed=h:1,2,0"))
+    assert 2 * joined[0][1]["heartbeat_timeout_seconds"] <= 60
+
+
+def test_what_slurm_says_is_taken(joined: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    distributed.join(parsed())  # an allocation's shell is no step of the job
+    assert joined == []
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-2]")
+    distributed.join(parsed())
+    assert joined[0][0] == (None, None, None)
+
+
+def test_the_environment_may_choose(joined: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLOWRL_DISTRIBUTED", "h:1,2,1")
+    distributed.join(parsed())
+    assert joined[0][0] == ("h:1", 2, 1)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("--distributed=four", "--distributed=h:1,2", "--distributed=h,2,0"),
+        *("--distributed=h:1,2,2", "--distributed=h:1,0,0", "--heartbeat_seconds=0"),
+    ],
+)
+def test_mistakes(joined: list, word: str) -> None:
+    with pytest.raises(InputError, match=word.partition("=")[0]):
+        distributed.join(parsed(word))
+    assert joined == []
+
+
+def test_others_that_do_not_come_are_a_fault_worth_another_try(
+    joined: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def initialize(*_: Any, **__: Any) -> None:
+        raise RuntimeError("DEADLINE_EXCEEDED:\n  2/4 tasks")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(SystemExit, match=r"did not meet \(DEADLINE_EXCEEDED: 2/4 tasks\)") as found:
+        distributed.join(parsed("--distributed=h:1,4,0"))
+    assert isinstance(found.value.code, str)  # printed, and exit code 1: supervisors try again
+
+
+def test_one_process_asks_only_itself() -> None:
+    assert distributed.any_process(True) is True
+    assert distributed.any_process(False) is False
