@@ -291,6 +291,7 @@ CONFIG_DAMAGE = {
     "extra": ('{"additional_special_tokens": 3}', "additional_special_tokens=3 is no list"),
     "added": ('{"added_tokens_decoder": []}', "added_tokens_decoder is a JSON list"),
     "added id": ('{"added_tokens_decoder": {"x": {"content": "a"}}}', "'x' is not an id"),
+    "long": (json.dumps({"eos_token": [9] * 10**5}), "is neither text nor a token"),
     "added entry": ('{"added_tokens_decoder": {"1": 2}}', "is not an object"),
 }
 
@@ -303,6 +304,7 @@ def test_damaged_tokenizer_config(case, folders, request, tmp_path):
     with pytest.raises(InputError, match=message) as caught:
         load_tokenizer(tmp_path)
     assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < 1000
 
 
 def test_text_that_is_not_unicode(folders, request):

@@ -109,7 +109,8 @@ class Checkpoint:
             (0, (s.stop - s.start) - held) for s, held in zip(index, part.shape, strict=True)
         ]
         part = np.pad(part, missing) if any(after for _, after in missing) else part
-        return part.astype(np.float32) if part.dtype == np.float64 else part
+        with np.errstate(over="ignore"):  # what does not fit is infinite, and refused as such
+            return part.astype(np.float32) if part.dtype == np.float64 else part
 
     def _read_inside(
         self, name: str, tensor: _Tensor, rows: slice, columns: slice = slice(0, 1)
@@ -141,6 +142,8 @@ class Checkpoint:
 
 def _open(file: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
     """The tensors of one file."""
+    if not file.is_file():  # opening a pipe would wait for ever
+        raise InputError(f"{file}: is not a file; give a checkpoint in the safetensors format")
     try:
         with safetensors.safe_open(file, framework="numpy") as checked:
             checked.keys()

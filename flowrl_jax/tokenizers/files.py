@@ -69,6 +69,8 @@ def read_object(file: Path) -> dict[str, Any]:
         InputError: the file cannot be read, or is not one JSON object.
     """
     try:
+        if file.exists() and not file.is_file():  # reading a pipe would wait for ever
+            raise InputError(f"{file}: is not a file; copy it anew from the model")
         content = json.loads(file.read_bytes())
     except FileNotFoundError:
         return {}
@@ -109,7 +111,9 @@ def read_metadata(folder: Path) -> Metadata:
     if isinstance(extra, dict):
         extra = list(extra.values())
     if not isinstance(extra, list):
-        raise InputError(f"{file}: additional_special_tokens={extra!r} is no list; copy it anew")
+        raise InputError(
+            f"{file}: additional_special_tokens={_shown(extra)} is no list; copy it anew"
+        )
     extras = tuple(_token(token, f"{file}: additional_special_tokens") for token in extra)
     if not added:
         special = {token.content for token in (*named.values(), *extras)}
@@ -133,10 +137,15 @@ def generation_eos(folder: Path) -> tuple[int, ...] | None:
     ids = value if isinstance(value, list) else [value]
     if not ids or any(type(i) is not int for i in ids):
         raise InputError(
-            f"{file}: eos_token_id={value!r} is neither an id nor a list of ids; mend it, or set"
-            " tokenizer.eos_ids"
+            f"{file}: eos_token_id={_shown(value)} is neither an id nor a list of ids; mend it, or"
+            " set tokenizer.eos_ids"
         )
     return tuple(dict.fromkeys(ids))
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, whatever a damaged file has put there."""
+    return repr(value)[:120]
 
 
 def _token(value: Any, place: str) -> AddedToken:
@@ -145,10 +154,12 @@ def _token(value: Any, place: str) -> AddedToken:
         value = {"content": value}
     content = value.get("content") if isinstance(value, dict) else None
     if not isinstance(content, str) or not content:
-        raise InputError(f"{place}={value!r} is neither text nor a token; copy the file anew")
+        raise InputError(f"{place}={_shown(value)} is neither text nor a token; copy the file anew")
     flags = {name: value[name] for name in _FLAGS if name in value}
     if not all(isinstance(flag, bool) for flag in flags.values()):
-        raise InputError(f"{place}={value!r}: its flags are not true or false; copy the file anew")
+        raise InputError(
+            f"{place}={_shown(value)}: its flags are not true or false; copy the file anew"
+        )
     return AddedToken(content, **({"normalized": not flags.get("special", True)} | flags))
 
 
@@ -159,9 +170,9 @@ def _added_tokens(value: Any, file: Path) -> dict[int, AddedToken]:
     tokens = {}
     for key, entry in value.items():
         if not key.isdecimal() or len(key) > 9:
-            raise InputError(f"{place}: {key!r} is not an id; copy the file anew")
+            raise InputError(f"{place}: {_shown(key)} is not an id; copy the file anew")
         if not isinstance(entry, dict):
-            raise InputError(f"{place}[{key}]={entry!r} is not an object; copy the file anew")
+            raise InputError(f"{place}[{key}]={_shown(entry)} is not an object; copy the file anew")
         tokens[int(key)] = _token({"special": False, **entry}, f"{place}[{key}]")
     return dict(sorted(tokens.items()))
 
@@ -170,7 +181,9 @@ def _old_added_tokens(file: Path, special: set[str]) -> dict[int, AddedToken]:
     tokens = {}
     for content, i in read_object(file).items():
         if type(i) is not int or i < 0 or not content:
-            raise InputError(f"{file}: {content!r} has the id {i!r}; copy the file anew")
+            raise InputError(
+                f"{file}: {_shown(content)} has the id {_shown(i)}; copy the file anew"
+            )
         known = content in special
         tokens[i] = AddedToken(content, normalized=not known, special=known)
     return dict(sorted(tokens.items()))
