@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from flowrl_jax import new_folder
 from flowrl_jax.errors import InputError
 from flowrl_jax.models.hf import load_policy
+from flowrl_jax.models.hf_config import write_config
 from flowrl_jax.models.hf_save import carried_fields, count_tensors, save_policy
 from flowrl_jax.models.transformer import TransformerConfig
 from flowrl_jax.sharding import Layout, MeshConfig, make_mesh
@@ -194,3 +195,13 @@ def test_fields_that_the_decoder_does_not_determine_are_carried(tmp_path):
     assert {k: v for k, v in read_json(file).items() if k not in about_files} == read_json(
         tmp_path / "b" / "config.json"
     )
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_gemma_without_windows_names_one_all_the_same(family):
+    """transformers makes the mask of a window for every Gemma, and fails where it has no size."""
+    gemma = {"norm_offset": 1.0, "sandwich_norm": True, "activation": "gelu_tanh"}
+    config = tiny_config(family=family, embed_scale=4.0, qk_norm=family == "gemma3_text", **gemma)
+    entries = write_config(config, "float32")
+    assert entries["sliding_window"] == 4096
+    assert entries["layer_types"] == ["full_attention"] * 2

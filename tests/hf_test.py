@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -346,6 +347,8 @@ def test_qwen2_config_is_refused(fields, saved, tmp_path):
         {"rope_theta": ..., "rope_parameters": {"rope_type": "default", "rope_theta": 5_000.0}},
         {"rope_scaling": {"type": "default"}, "use_mrope": False, "quantization_config": None},
         {"architectures": ..., "torch_dtype": "bfloat16", "max_length": 20, "temperature": 0.7},
+        {"sliding_window_size": 4096, "_attn_implementation": "eager"},  # Gemma 2 27B
+        {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"a": 1}},
     ],
     ids=str,
 )
@@ -362,6 +365,11 @@ def drop(name: str) -> Callable[[Path], object]:
 
 def write(name: str, content: bytes) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_bytes(content)
+
+
+def pipe(name: str) -> Callable[[Path], object]:
+    """A file that would never end: nobody writes into it."""
+    return lambda folder: ((folder / name).unlink(), os.mkfifo(folder / name))
 
 
 def tensors(**changes: Any) -> Callable[[Path], None]:
@@ -394,6 +402,8 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "config not text": ("single", write("config.json", b"\xff\xfe\x00{"), "not JSON"),
     "config nested": ("single", write("config.json", b"[" * 100_000), "not JSON"),
     "config a list": ("single", write("config.json", b"[]"), "not a JSON object"),
+    "config a pipe": ("single", pipe("config.json"), "config.json: is not a file"),
+    "weights a pipe": ("single", pipe(FILE), "safetensors: is not a file"),
     "no weights": ("single", drop(FILE), "neither model.safetensors nor"),
     "empty": ("single", write(FILE, b""), "not a whole safetensors file"),
     "pointer": ("single", write(FILE, b"version https://git-lfs.github.com"), "not a whole"),
@@ -443,6 +453,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
 }
 
 
+@pytest.mark.filterwarnings("error")  # they would be further lines
 @pytest.mark.parametrize("case", DAMAGES)
 def test_damaged_checkpoint_is_refused(case, saved, tmp_path):
     kind, damage, match = DAMAGES[case]

@@ -12,12 +12,15 @@ from typing import Any
 from flowrl_jax.errors import InputError
 
 # Say nothing about what the decoder computes: names, sizes of tables that no longer exist, hints
-# for text generation, and what transformers wrote for every model before its version 5. Attention
-# dropout and `pretraining_tp` are among them: the first acts only in transformers' own training,
-# the second cuts the same matrix products into parts.
+# for text generation, what transformers wrote for every model before its version 5, and what it
+# does not read in released models (`sliding_window_size` of Gemma 2, `is_llama_config` of SmolLM2).
+# Attention dropout and `pretraining_tp` are among them: the first acts only in transformers' own
+# training, the second cuts the same matrix products into parts.
 _NEUTRAL_TEXT = """
     _name_or_path attention_dropout dtype max_position_embeddings pretraining_tp torch_dtype
     transformers_version use_cache unsloth_fixed unsloth_version bos_token_id eos_token_id
+    _attn_implementation _attn_implementation_autoset is_llama_config max_sequence_length
+    model_max_length sliding_window_size transformers.js_config
     pad_token_id sep_token_id unk_token_id decoder_start_token_id add_cross_attention
     chunk_size_feed_forward cross_attention_hidden_size finetuning_task id2label is_decoder
     is_encoder_decoder label2id num_labels output_attentions output_hidden_states prefix
@@ -42,6 +45,8 @@ def read_json(file: Path) -> dict[str, Any]:
         InputError: the file is missing, is not JSON or holds something else than an object.
     """
     try:
+        if file.exists() and not file.is_file():  # reading a pipe would wait for ever
+            raise InputError(f"{file}: is not a file; give a Hugging Face checkpoint folder")
         value = json.loads(file.read_bytes())
     except OSError as error:
         raise InputError(

@@ -25,6 +25,7 @@ _NAMES = LLAMA_NAMES | {
     "layers/mlp_out_norm/scale": "model.layers.{}.post_feedforward_layernorm.weight",
 }
 _LOCAL_THETA, _GLOBAL_THETA = 10_000.0, 1_000_000.0  # Gemma 3's, where config.json has none
+_WINDOW = 4096  # Gemma 2's and 3's, likewise
 
 
 def _read_gemma1(fields: Fields) -> TransformerConfig:
@@ -60,7 +61,7 @@ def _read_gemma(fields: Fields, every: int, **own: Any) -> TransformerConfig:
     fields.take("hidden_act", None)  # transformers reads hidden_activation alone
     bias = fields.flag("attention_bias")
     layers = range(fields.peek_count("num_hidden_layers"))
-    window = fields.nullable("sliding_window", 4096)
+    window = fields.nullable("sliding_window", _WINDOW)
     return read_decoder(
         fields,
         activation=("hidden_activation", "gelu_pytorch_tanh"),
@@ -85,7 +86,8 @@ def _write_gemma(config: TransformerConfig, family: str, architecture: str) -> d
     return write_decoder(config, family, architecture, activation="hidden_activation") | {
         "attention_bias": config.qkv_bias,
         "query_pre_attn_scalar": scalar,
-        "sliding_window": config.window or None,
+        # transformers asks for one also where no layer has it.
+        "sliding_window": config.window or _WINDOW,
         "layer_types": write_layer_types(config),
         "attn_logit_softcapping": config.attention_softcap or None,
         "final_logit_softcapping": config.logit_softcap or None,
