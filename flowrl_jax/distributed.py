@@ -59,7 +59,7 @@ def join(values: flags.FlagValues) -> None:
         SystemExit: process 0 cannot be found or its port is taken; exit code 1, worth another try.
             Where another process does not come in time, jaxlib aborts this one.
     """
-    choice, seconds = str(values["distributed"].value), int(values["heartbeat_seconds"].value)
+    choice, seconds = str(values["distributed"].value), int(str(values["heartbeat_seconds"].value))
     if seconds < 1:
         raise InputError(f"--heartbeat_seconds={seconds}: give one second or more")
     address = _parse(choice)
@@ -71,9 +71,9 @@ def join(values: flags.FlagValues) -> None:
     coordinator, count, index = address or (None, None, None)
     # Said beforehand: where a process is missing, jaxlib ends this one without a way to intervene.
     print(
-        f"--distributed={choice}: waiting for the other processes; if this one ends now, one of them"
-        f" was not there within {JOIN_SECONDS} s: run the same command on all hosts, and see that"
-        " they reach process 0's port",
+        f"--distributed={choice}: waiting for the other processes; if this one ends now, one of"
+        f" them was not there within {JOIN_SECONDS} s: run the same command on all hosts, which must"
+        " reach process 0's port",
         file=sys.stderr,
         flush=True,
     )

@@ -60,7 +60,8 @@ case "$*" in
         echo "$now" ;;
     *"queued-resources create"*)
         fails create_errors
-        cat "$FAKE/after_create" >"$FAKE/states" ;;
+        cat "$FAKE/after_create" >"$FAKE/states"
+        [[ ! -e $FAKE/after_next ]] || mv "$FAKE/after_next" "$FAKE/after_create" ;;
     *"queued-resources delete"*)
         [[ $(head -n 1 "$FAKE/states") != ABSENT ]] || absent
         rm -rf "$FAKE"/workers/*/flowrl_jax
@@ -103,8 +104,12 @@ mkdir -p "$2/.venv/bin" && cp "$FAKE/training" "$2/.venv/bin/python"
 touch "$2/.venv/.installed-tpu"
 """
 )
-OLD_PYTHON = "#!/bin/sh\nexit 1\n"
-NEW_PYTHON = "#!/bin/sh\nexit 0\n"
+FAILS = "#!/bin/sh\nexit 1\n"
+# This interpreter, as if it were another version, running the code of -c.
+PYTHON = f"""#!/bin/sh
+exec '{sys.executable}' -c 'import sys; sys.version_info = (3, MINOR, 4); exec(sys.argv[2])' "$@"
+"""
+OLD_PYTHON, NEW_PYTHON = PYTHON.replace("MINOR", "10"), PYTHON.replace("MINOR", "11")
 UV = RECORD + '[[ "$1 $2" != "python find" ]] || echo /from/uv/python\n'
 
 
@@ -129,7 +134,7 @@ class Cloud:
         write_program(root / "worker-bin" / "uv", UV)
         write_program(root / "worker-bin" / "make", MAKE)
         write_program(root / "worker-bin" / "gcsfuse", RECORD)
-        write_program(root / "worker-bin" / "mountpoint", OLD_PYTHON)
+        write_program(root / "worker-bin" / "mountpoint", FAILS)
         write_program(root / "training", TRAINING)
         self.add_worker(0)
         self.write(
@@ -468,13 +473,14 @@ def test_up_watches_over_a_spot_slice(cloud: Cloud) -> None:
     wait_for((cloud.worker() / "environment").exists)
     (cloud.worker() / "environment").unlink()
     cloud.end_runs()
-    cloud.write(states="SUSPENDED", after_create="PROVISIONING\nACTIVE")
+    # Taken away twice: once while it runs, and once more before it runs again.
+    cloud.write(after_create="PROVISIONING\nSUSPENDED", after_next="ACTIVE", states="SUSPENDED")
     wait_for((cloud.worker() / "environment").exists)
     (cloud.worker() / "ends").write_text("0")
     _, errors = watching.communicate(timeout=30)
     assert watching.returncode == 0, errors
     assert "asking anew" in errors and "first is done" in errors
-    assert cloud.verbs() == ["create", "delete", "create"]
+    assert cloud.verbs() == ["create", "delete", "create", "delete", "create"]
 
 
 @pytest.mark.parametrize(
@@ -701,6 +707,12 @@ ENDS = [
     (RESUMES + "exit 1", {}, 0, 2, "exit code 1"),
     (RESUMES + "kill -KILL $$", {}, 0, 2, "exit code 137"),
     ("exit 9", {}, 9, 3, "3 crashes in a row"),
+    # A run that lasted begins the count anew.
+    (
+        'n=$(wc -l <"${0%/*}/starts"); ((n < 6)) || exit 0; ((n != 3)) || sleep 0.5; exit 9',
+        {"FLOWRL_QUICK_SECONDS": "0.4"},
+        *(0, 6, "done"),
+    ),
     # Runs that last are not counted together, and neither are preemptions.
     (
         '(($(wc -l <"${0%/*}/starts") < 6)) || exit 0\nexit 9',
