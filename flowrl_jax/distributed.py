@@ -72,8 +72,8 @@ def join(values: flags.FlagValues) -> None:
     # Said beforehand: where a process is missing, jaxlib ends this one without a way to intervene.
     print(
         f"--distributed={choice}: waiting for the other processes; if this one ends now, one of"
-        f" them was not there within {JOIN_SECONDS} s: run the same command on all hosts, which must"
-        " reach process 0's port",
+        f" them was not there within {JOIN_SECONDS} s: run the same command on all hosts, and they"
+        " must reach process 0's port",
         file=sys.stderr,
         flush=True,
     )
