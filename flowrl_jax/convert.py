@@ -183,7 +183,7 @@ def _fields(parts: Parts) -> tuple[dict[str, Any], dict[str, Any]]:
         }
     ends = parts.eos_ids[0] if len(parts.eos_ids) == 1 else list(parts.eos_ids)
     known = fields.get("eos_token_id")
-    if not set(known if isinstance(known, list) else [known]) <= set(parts.eos_ids):
+    if not all(i in parts.eos_ids for i in (known if isinstance(known, list) else [known])):
         fields["eos_token_id"] = ends
     for name in ("bos_token_id", "pad_token_id"):
         if fields.get(name) is not None:

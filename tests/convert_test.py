@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -249,6 +250,14 @@ def test_ends_of_the_run_go_before_those_of_the_source(tmp_path):
     assert read_json(tmp_path / "a" / "config.json")["eos_token_id"] == [5, 6]
     generation = read_json(tmp_path / "a" / "generation_config.json")
     assert generation["eos_token_id"] == [5, 6] and generation["temperature"] == 0.6
+
+
+def test_ends_of_the_source_that_are_no_ids_are_replaced(tmp_path):
+    shutil.copytree(source(), tmp_path / "source")
+    file = tmp_path / "source" / "config.json"
+    file.write_text(json.dumps(read_json(file) | {"eos_token_id": [[2]]}))
+    export_run(tiny_run(model__path=tmp_path / "source"), imported(), tmp_path / "a")
+    assert read_json(tmp_path / "a" / "config.json")["eos_token_id"] == [2, 7]
 
 
 def test_template_of_the_run_goes_along(tmp_path):
