@@ -101,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     def start(config: Config, values: flags.FlagValues) -> None:
         # Planning must neither wait for this machine's accelerators nor take them.
         jax.config.update("jax_platforms", "cpu")
-        topology, names = str(values["topology"].value), list(values["programs"].value)
+        topology, names = str(values["topology"].value), list(values["programs"].value or [])
         if not topology:
             raise InputError("--topology is missing: name one, such as v5p:2x2x2")
         unknown = [name for name in names if name not in NAMES]

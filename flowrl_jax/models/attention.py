@@ -6,7 +6,7 @@ every kernel here derives it piece by piece.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -170,7 +170,7 @@ def _splash(
     segments = jnp.pad(real, ((0, 0), pad[2])).astype(jnp.int32)
 
     def local(query, key, value, segments):
-        kernel = _splash_kernel(query.shape[1], query.shape[2], window, softcap)
+        kernel: Any = _splash_kernel(query.shape[1], query.shape[2], window, softcap)
         rows = jax.vmap(lambda q, k, v, s: kernel(q, k, v, splash.SegmentIds(s, s)))
         return rows(query, key, value, segments)
 
@@ -190,7 +190,8 @@ def _splash(
             out_specs=query_spec,
             check_vma=False,
         )
-    return local(*arrays, segments)[:, :, :length, :head_dim]
+    query, key, value = arrays
+    return local(query, key, value, segments)[:, :, :length, :head_dim]
 
 
 def _splash_kernel(heads: int, length: int, window: int, softcap: float):

@@ -122,7 +122,7 @@ class _Arrays:
     width: int
     length: int
 
-    def rows(self, count: int, *shape: int, dtype: Any) -> jax.ShapeDtypeStruct:
+    def rows(self, count: int, *shape: int, dtype: Any) -> Any:
         return jax.ShapeDtypeStruct((count, *shape), dtype, sharding=self.layout.batch)
 
     def masks(self, count: int) -> tuple[Any, Any]:
@@ -153,13 +153,14 @@ def _lower_train_step(learner: Learner, arrays: _Arrays, rows: int) -> Any:
         row_id=ids,
     )
     base = (abstract_policy(learner),) if learner.model.config.lora.rank else ()
-    step = make_train_step(learner, num_prompts=rows)
+    step: Any = make_train_step(learner, num_prompts=rows)
     return step.lower(state, batch, _key(arrays.layout), *base)
 
 
 def _lower_score(learner: Learner, arrays: _Arrays, rows: int) -> Any:
     tokens, masks = arrays.tokens(rows), arrays.masks(rows)
-    return make_score(learner).lower(abstract_policy(learner), tokens, *masks)
+    score: Any = make_score(learner)
+    return score.lower(abstract_policy(learner), tokens, *masks)
 
 
 def _lower_prefill(learner: Learner, arrays: _Arrays, prompts: int) -> Any:

@@ -2,20 +2,24 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from flowrl_jax.config import DTYPES, ModelConfig
 from flowrl_jax.errors import InputError
 from flowrl_jax.models.architecture import TransformerConfig
 from flowrl_jax.models.hf_config import read_config
 
-_QWEN = {"rope_theta": 1e6, "qkv_bias": True, "tie_embeddings": False, "family": "qwen2"}
+
+def _qwen(sizes: tuple[int, int, int, int, int, int, int], theta: float) -> TransformerConfig:
+    shape = TransformerConfig(*sizes, tie_embeddings=False, qkv_bias=True, rope_theta=theta)
+    return dataclasses.replace(shape, family="qwen2")
+
+
 # Vocabulary, layers, width, query heads, key heads, head, mlp: from the published config.json.
 PUBLISHED = {
-    "Qwen2.5-7B": TransformerConfig(152_064, 28, 3584, 28, 4, 128, 18_944, **_QWEN),
-    "Qwen2.5-32B": TransformerConfig(152_064, 64, 5120, 40, 8, 128, 27_648, **_QWEN),
-    "DeepSeek-R1-Distill-Qwen-7B": TransformerConfig(
-        152_064, 28, 3584, 28, 4, 128, 18_944, **(_QWEN | {"rope_theta": 1e4})
-    ),
+    "Qwen2.5-7B": _qwen((152_064, 28, 3584, 28, 4, 128, 18_944), 1e6),
+    "Qwen2.5-32B": _qwen((152_064, 64, 5120, 40, 8, 128, 27_648), 1e6),
+    "DeepSeek-R1-Distill-Qwen-7B": _qwen((152_064, 28, 3584, 28, 4, 128, 18_944), 1e4),
 }
 
 
@@ -29,7 +33,7 @@ def planned_shape(model: ModelConfig, vocab_multiple: int) -> TransformerConfig:
     Raises:
         InputError: the folder is missing and its name is not one of `PUBLISHED`.
     """
-    computing = {
+    computing: dict[str, Any] = {
         "dtype": DTYPES[model.dtype],
         "remat": model.remat,
         "attention": model.attention,
