@@ -283,7 +283,7 @@ def test_tokenizer_json_cut_or_changed_anywhere(folders, request, tmp_path):
 
 CONFIG_DAMAGE = {
     "cut": ('{"bos_token": "<bo', "not JSON"),
-    "list": ("[]", "a JSON list, not an object"),
+    "list": ("[]", "holds a list, not a JSON object"),
     "nested": ("[" * 100_000, "not JSON"),
     "number": ('{"eos_token": 5}', "eos_token=5 is neither text nor a token"),
     "no content": ('{"eos_token": {"lstrip": true}}', "is neither text nor a token"),

@@ -277,7 +277,7 @@ def test_ends_of_responses_that_generation_config_names(tmp_path):
     for content, message in (
         ('{"eos_token_id": 2', "not JSON"),
         ("[" * 100_000, "not JSON"),
-        ("3", "a JSON int, not an object"),
+        ("3", "holds a int, not a JSON object"),
         ('{"eos_token_id": "2"}', "eos_token_id='2' is neither an id nor a list of ids"),
         ('{"eos_token_id": true}', "is neither an id"),
         ('{"eos_token_id": []}', "is neither an id"),

@@ -8,12 +8,12 @@ special_tokens_map.json and added_tokens.json are read as well and have the last
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from flowrl_jax.errors import InputError
+from flowrl_jax.models.hf_fields import read_json
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
@@ -66,22 +66,9 @@ def read_object(file: Path) -> dict[str, Any]:
     """Returns the JSON object in a file; an empty one where there is no such file.
 
     Raises:
-        InputError: the file cannot be read, or is not one JSON object.
+        InputError: as `read_json`.
     """
-    try:
-        if file.exists() and not file.is_file():  # reading a pipe would wait for ever
-            raise InputError(f"{file}: is not a file; copy it anew from the model")
-        content = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise InputError(f"{file}: {error.strerror}; give a file that can be read") from None
-    except (ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{file}: not JSON ({reason}); copy it anew from the model") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{file}: a JSON {type(content).__name__}, not an object; copy it anew")
-    return content
+    return read_json(file) if file.exists() else {}
 
 
 def read_metadata(folder: Path) -> Metadata:
