@@ -233,13 +233,19 @@ def test_cached_decoding_is_the_full_forward(prefill):
     np.testing.assert_allclose(decode(params), expected[:, prefill - 1 :], **ROUNDING)
 
 
-def test_remat_changes_nothing_but_memory():
+TWO_KINDS = {"window": 2, "windowed_layers": (True, False), "local_rope_theta": 30.0}
+
+
+@pytest.mark.parametrize("changes", [{}, TWO_KINDS], ids=["one-kind", "two-kinds"])
+def test_remat_changes_nothing_but_memory(changes):
+    """Where layers with and without a window share the scan, too."""
     params = tiny_params(CONFIG)
     tokens, mask = left_padded([4, 6], 6, 17)
 
     def value_and_grad(remat):
         def loss(params):
-            return (forward(tiny_config(remat=remat), params, tokens, mask) ** 2)[mask].sum()
+            config = tiny_config(remat=remat, **changes)
+            return (forward(config, params, tokens, mask) ** 2)[mask].sum()
 
         return jax.value_and_grad(loss)
 
