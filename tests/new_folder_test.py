@@ -24,7 +24,8 @@ from flowrl_jax.new_folder import new_folder
 with new_folder(sys.argv[1]) as folder:
     (folder / "half").write_text("x")
     print(folder, flush=True)
-    time.sleep(600)
+    while True:  # one long sleep would sleep on, had the signal come just before it
+        time.sleep(0.05)
 """
 
 
