@@ -373,7 +373,8 @@ def export_slowly(run: str, out: str) -> None:
     def wait(self: Any, *arguments: Any) -> None:
         update(self, *arguments)
         print("writing", flush=True)
-        time.sleep(60)
+        for _ in range(600):  # one long sleep would sleep on, had a signal come just before it
+            time.sleep(0.1)
 
     convert.Progress.update = wait  # type: ignore[method-assign]
     sys.exit(convert.main(["export", f"--run={run}", f"--out={out}"]))
