@@ -29,8 +29,11 @@ ODD = [
     "*",
 ]
 
+# Several may record at the same time: cat appends a whole record in one write.
 RECORD = """#!/usr/bin/env bash
-{ printf '%s\\0' "${0##*/}" "$@"; printf '\\1\\0'; } >>"$FAKE/calls"
+printf '%s\\0' "${0##*/}" "$@" $'\\1' >"$FAKE/record.$$"
+cat "$FAKE/record.$$" >>"$FAKE/calls"
+rm "$FAKE/record.$$"
 """
 
 GCLOUD = (
