@@ -95,7 +95,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.train = {
         "updates_per_rollout": 16,  # optimiser steps a rollout is cut into; released 16 (math)
         "epochs": 1,  # passes over a rollout
-        "micro_batch_size": 0,  # responses held at one time, over all devices; 0: all of a step
+        "micro_batch_size": 0,  # responses held at one time on all devices; 0: all, -1: one a shard
         "logprob_chunk": 256,  # tokens of a response whose logits are held at one time
     }
     config.sft = {

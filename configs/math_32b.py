@@ -8,7 +8,7 @@ model and the room it needs.
 
 Hardware: the paper used 32 GPUs. Full fine-tuning at 2048 + 8192 tokens fits, with flash attention
 and by the TPU compiler's account, on 8 v5p, 32 v6e or 64 v5e chips (there with mesh.tensor=4) or 4
-of tpu7x. `train.micro_batch_size` is one response per batch shard (data x fsdp): 8, 32, 16 there.
+of tpu7x.
 
 Expected, the paper's table 1 in percent:
 

@@ -18,9 +18,9 @@ carry the instruction already, as the released parquet file does, set
 
 Hardware: the paper used 8 H800 of 80 GB. Full fine-tuning at 2048 + 8192 tokens with float32 master
 weights and moments fits, with flash attention and by the TPU compiler's account, on 2 v5p, 8 v6e or
-16 v5e chips or one of tpu7x. `train.micro_batch_size` is one response per chip: set it to the
-number of chips. On TPU add --config.model.attention=splash, on GPUs cudnn. What another slice would
-need says `python -m flowrl_jax.plan` (docs/plan.md).
+16 v5e chips or one of tpu7x. One response at a time goes through each part of the batch. On TPU add
+--config.model.attention=splash, on GPUs cudnn. What another slice would need says
+`python -m flowrl_jax.plan` (docs/plan.md).
 
 Expected: the paper's table 1 in percent, means over 16 samples at temperature 0.6 and top-p 0.95,
 after a number of steps that is not stated (names of released files say 200 and 300):
@@ -88,7 +88,7 @@ def get_config(preset: str = "flowrl_paper") -> ml_collections.ConfigDict:
     config.train.update(
         updates_per_rollout=16,  # of 32 prompts each
         epochs=1,
-        micro_batch_size=8,  # the release cuts by tokens, 10,240 a device: one longest response
+        micro_batch_size=-1,  # the release cuts by tokens, 10,240 a device: one longest response
     )
     config.eval.update(
         every=5,

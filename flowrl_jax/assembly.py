@@ -233,7 +233,7 @@ def scoring_learner(parts: Parts, *, temperature: float = 1.0) -> Learner:
         parts: of the run.
         temperature: of the log-probabilities.
     """
-    rows = parts.config.train.micro_batch_size or parts.layout.batch_shards
+    rows = max(parts.config.train.micro_batch_size, 0) or parts.layout.batch_shards
     learner = make_learner(parts, SFTConfig(), parts.config.sft.optimizer, rows, steps=1, updates=1)
     return dataclasses.replace(learner, temperature=temperature)
 

@@ -237,7 +237,8 @@ class TrainConfig:
         updates_per_rollout: optimiser steps that a rollout is cut into, by prompts, in order.
         epochs: passes over a rollout.
         micro_batch_size: responses whose activations are held at one time, over all devices;
-            0 means those of a whole optimiser step.
+            0 means those of a whole optimiser step, -1 one for each part of the batch
+            (data x fsdp).
         logprob_chunk: tokens of a response whose logits are held at one time.
     """
 

@@ -10,6 +10,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from flowrl_jax.sharding import active_layout, constrain
+
 
 def _chunks(x: jax.Array, size: int) -> jax.Array:
     """`[B, T, ...]` to `[T / size, B, size, ...]`, padding T with zeros."""
@@ -77,12 +79,15 @@ def token_logprobs(
 def _forward(hidden, unembedding, targets, temperature, chunk_size, softcap, num_tokens):
     length = hidden.shape[1]
     size = min(chunk_size, length)
+    weight = _gathered(unembedding)
 
     def chunk(_, inputs):
         hidden_chunk, targets_chunk = inputs
-        logits = vocabulary_logits(hidden_chunk, unembedding, softcap, num_tokens) / temperature
+        logits = vocabulary_logits(hidden_chunk, weight, softcap, num_tokens) / temperature
         normaliser = jax.nn.logsumexp(logits, axis=-1)
-        chosen = jnp.take_along_axis(logits, targets_chunk[..., None], axis=-1)[..., 0]
+        # A sum rather than a look-up, which would gather logits that are cut over the vocabulary.
+        own = jnp.arange(logits.shape[-1]) == targets_chunk[..., None]
+        chosen = jnp.sum(jnp.where(own, logits, 0.0), axis=-1)
         return None, (chosen - normaliser, normaliser)
 
     _, (logprobs, normaliser) = jax.lax.scan(
@@ -94,33 +99,53 @@ def _forward(hidden, unembedding, targets, temperature, chunk_size, softcap, num
 
 def _backward(temperature, chunk_size, softcap, num_tokens, residuals, cotangent):
     hidden, unembedding, targets, normaliser = residuals
-    length = hidden.shape[1]
+    batch, length, width = hidden.shape
     size = min(chunk_size, length)
+    weight = _gathered(unembedding)
+    shards = _batch_shards(batch)
 
-    def chunk(unembedding_grad, inputs):
+    def chunk(weight_grad, inputs):
         hidden_chunk, targets_chunk, normaliser_chunk, cotangent_chunk = inputs
-        logits = vocabulary_logits(hidden_chunk, unembedding, softcap, num_tokens)
+        logits = vocabulary_logits(hidden_chunk, weight, softcap, num_tokens)
         probs = jnp.exp(logits / temperature - normaliser_chunk[..., None])
-        one_hot = jax.nn.one_hot(targets_chunk, logits.shape[-1], dtype=jnp.float32)
-        logits_grad = (one_hot - probs) * (cotangent_chunk / temperature)[..., None]
+        own = jnp.arange(logits.shape[-1]) == targets_chunk[..., None]
+        logits_grad = (own - probs) * (cotangent_chunk / temperature)[..., None]
         if softcap:
             # Ids that do not exist have no gradient, and minus infinity must not make it NaN.
             slope = 1.0 - (logits / softcap) ** 2
             logits_grad *= jnp.where(jnp.isfinite(slope), slope, 0.0)
         logits_grad = logits_grad.astype(hidden.dtype)
-        hidden_grad = jnp.einsum("btv,dv->btd", logits_grad, unembedding)
+        hidden_grad = jnp.einsum("btv,dv->btd", logits_grad, weight)
         # The sum over chunks is kept in float32: in bfloat16 it would lose the small terms.
-        unembedding_grad += jnp.einsum(
-            "btd,btv->dv", hidden_chunk, logits_grad, preferred_element_type=jnp.float32
+        weight_grad += jnp.einsum(
+            "srd,srv->sdv",
+            hidden_chunk.reshape(shards, -1, width),
+            logits_grad.reshape(shards, -1, weight.shape[1]),
+            preferred_element_type=jnp.float32,
         )
-        return unembedding_grad, hidden_grad
+        return constrain(weight_grad, "batch", "activation_embed", "vocab"), hidden_grad
 
-    unembedding_grad, hidden_grad = jax.lax.scan(
+    # Every shard of the batch has a sum of its own, so that they are reduced once, not per chunk.
+    zeros = jnp.zeros((shards, *unembedding.shape), jnp.float32)
+    weight_grad, hidden_grad = jax.lax.scan(
         chunk,
-        jnp.zeros(unembedding.shape, jnp.float32),
+        constrain(zeros, "batch", "activation_embed", "vocab"),
         (_chunks(hidden, size), _chunks(targets, size), normaliser, _chunks(cotangent, size)),
     )
-    return _unchunk(hidden_grad, length), unembedding_grad.astype(unembedding.dtype), None
+    weight_grad = weight_grad.sum(axis=0).astype(unembedding.dtype)
+    return _unchunk(hidden_grad, length), weight_grad, None
+
+
+def _gathered(unembedding: jax.Array) -> jax.Array:
+    """Cut over the vocabulary alone: gathered once, before the loop over chunks."""
+    return constrain(unembedding, "activation_embed", "vocab")
+
+
+def _batch_shards(batch: int) -> int:
+    """Parts that the rows of a batch are cut into."""
+    layout = active_layout()
+    shards = 1 if layout is None else layout.batch_shards
+    return shards if batch % shards == 0 else 1
 
 
 token_logprobs.defvjp(_forward, _backward)

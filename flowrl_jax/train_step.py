@@ -28,7 +28,8 @@ class TrainStepConfig:
     """How an optimiser step is computed; nothing here changes its result beyond rounding.
 
     Attributes:
-        micro_batch_size: responses whose activations are held at one time; 0 means all.
+        micro_batch_size: responses whose activations are held at one time, over all devices; 0
+            means all, -1 one for each part that the mesh cuts the batch into.
         logprob_chunk: tokens of a response whose logits are held at one time.
     """
 
@@ -36,10 +37,10 @@ class TrainStepConfig:
     logprob_chunk: int = 256
 
     def __post_init__(self):
-        if self.micro_batch_size < 0 or self.logprob_chunk < 1:
+        if self.micro_batch_size < -1 or self.logprob_chunk < 1:
             raise ValueError(
-                f"train.micro_batch_size={self.micro_batch_size} must not be negative and"
-                f" train.logprob_chunk={self.logprob_chunk} must be at least 1"
+                f"train.micro_batch_size={self.micro_batch_size} must be a number of responses, 0"
+                f" or -1, and train.logprob_chunk={self.logprob_chunk} must be at least 1"
             )
 
 
@@ -70,13 +71,20 @@ class Learner:
         """How log Z is obtained; None for objectives without one."""
         return getattr(self.objective, "log_z", None)
 
+    def micro_batch(self, rows: int) -> int:
+        """Responses, out of `rows`, whose activations are held at one time, over all devices."""
+        size = self.config.micro_batch_size
+        return self.layout.batch_shards if size == -1 else size or rows
 
-def _response_logprobs(learner: Learner, params: Any, tokens, prompt_mask, response_mask):
+
+def _response_logprobs(
+    learner: Learner, params: Any, tokens, prompt_mask, response_mask, gradients: Any = None
+):
     """Log-probabilities `[B, T]` of the responses, and the prompts' hidden states `[B, P, D]`."""
     prompt_length = prompt_mask.shape[1]
     mask = jnp.concatenate([prompt_mask, response_mask], axis=1)
     variables = {"params": params}
-    hidden: Any = learner.model.apply(variables, tokens, mask)
+    hidden: Any = learner.model.apply(variables, tokens, mask, gradients=gradients)
     unembedding: Any = learner.model.apply(variables, method="unembedding")
     logprobs: Any = token_logprobs(
         hidden[:, prompt_length - 1 : -1],
@@ -106,11 +114,11 @@ def _log_z(learner: Learner, params, hidden, batch: TrainBatch, target, key) -> 
     return log_z
 
 
-def _loss_sums(params, batch: TrainBatch, key: jax.Array, learner: Learner, base: Any):
+def _loss_sums(params, batch: TrainBatch, key, learner: Learner, base: Any, gradients: Any = None):
     """Numerator of the loss over some rows; denominator, metrics and log Z targets beside it."""
     policy = with_adapters(base, params["policy"])
     logprobs, hidden = _response_logprobs(
-        learner, policy, batch.tokens, batch.prompt_mask, batch.response_mask
+        learner, policy, batch.tokens, batch.prompt_mask, batch.response_mask, gradients
     )
     mask = batch.response_mask
     arrays = {
@@ -142,7 +150,7 @@ def _split_rows(batch: TrainBatch, learner: Learner) -> TrainBatch:
     so that the rows a device holds stay on it.
     """
     rows = batch.reward.shape[0]
-    size = learner.config.micro_batch_size or rows
+    size = learner.micro_batch(rows)
     unit = learner.group_size if _needs_whole_groups(learner) else 1
     count = rows // size
 
@@ -167,7 +175,7 @@ def check_batch(learner: Learner, rows: int) -> None:
     Raises:
         ValueError: with the sizes, the rule and the remedy.
     """
-    size = learner.config.micro_batch_size or rows
+    size = learner.micro_batch(rows)
     shards = learner.layout.batch_shards
     if rows % size:
         raise ValueError(
@@ -186,6 +194,12 @@ def check_batch(learner: Learner, rows: int) -> None:
         )
 
 
+def _adds_in_place(learner: Learner) -> bool:
+    """Whether layers add their gradient to the sum themselves; adapters' gradients are small."""
+    config = learner.model.config
+    return config.remat == "full" and not config.lora.rank
+
+
 def _combine(metrics: Metrics) -> Metrics:
     """Metrics of all micro-batches from those of each: maxima of maxima, means of means."""
     return {
@@ -197,16 +211,19 @@ def _combine(metrics: Metrics) -> Metrics:
 def _gradients(learner: Learner, params: Any, batch: TrainBatch, key: jax.Array, base: Any):
     """Gradient of the batch's mean loss, its metrics and the log Z targets with their prompts."""
     micro_batches = _split_rows(batch, learner)
-    count = micro_batches.reward.shape[0]
     value_and_grad = jax.value_and_grad(_loss_sums, has_aux=True)
 
     def accumulate(sums, micro_batch):
+        layers = sums[2]["policy"]["layers"] if _adds_in_place(learner) else None
         (loss, (weight, metrics, target)), grads = value_and_grad(
-            params, micro_batch, key, learner, base
+            params, micro_batch, key, learner, base, layers
         )
-        return jax.tree.map(jnp.add, sums, (loss, weight, grads)), (metrics, target)
+        added = jax.tree.map(jnp.add, sums, (loss, weight, grads))
+        if layers is not None:
+            added[2]["policy"]["layers"] = grads["policy"]["layers"]  # the sum, see `run_layers`
+        return added, (metrics, target)
 
-    if count == 1:
+    if micro_batches.reward.shape[0] == 1:
         rows = jax.tree.map(lambda x: x[0], micro_batches)
         (loss, (weight, metrics, target)), grads = value_and_grad(params, rows, key, learner, base)
     else:
@@ -392,7 +409,7 @@ def make_score(learner: Learner) -> Callable:
 
     def score(params, tokens, prompt_mask, response_mask):
         rows = tokens.shape[0]
-        size = math.gcd(rows, learner.config.micro_batch_size or rows)
+        size = math.gcd(rows, learner.micro_batch(rows))
 
         def some(arrays):
             return _response_logprobs(learner, params, *arrays)[0]

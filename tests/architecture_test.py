@@ -19,8 +19,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
         "types masking errors",
-        "objectives logprobs",
-        "models sharding new_folder",
+        "objectives",
+        "models sharding logprobs new_folder",
         "sampler train_step optimizer learning_batch",
         "datasets tasks rewards tokenizers checkpoint integrity evaluation graded metrics"
         " metric_sinks progress report retention",
@@ -215,7 +215,7 @@ BROKEN = {
     "downward_lazy": ("types.py", GOOD + "def _f():\n    import flowrl_jax.config", "of layer 5"),
     "pure": ("masking.py", GOOD + "import optax", "imports optax"),
     "pure_flax": ("objectives/ppo.py", GOOD + "from flax import linen", "imports flax.linen"),
-    "pure_prefix": ("logprobs.py", GOOD + "import jaxtyping", "imports jaxtyping"),
+    "pure_prefix": ("errors.py", GOOD + "import jaxtyping", "imports jaxtyping"),
     "configured": ("metrics.py", GOOD + "from ml_collections import ConfigDict", "entry points"),
     "configured_layer": ("rollouts.py", GOOD + "import ml_collections", "entry points"),
     "documented_module": ("types.py", "import jax", "the module has no docstring"),

@@ -114,7 +114,7 @@ def test_released_hyper_parameters(name):
 def test_released_optimizer_step_is_32_prompts(module):
     config = parse_config(module.get_config())
     assert config.rows_per_update == 32 * 8
-    assert config.rows_per_update % config.train.micro_batch_size == 0
+    assert config.train.micro_batch_size == -1  # one a shard, on any mesh
 
 
 QWEN = {  # layers, width, query heads, key heads, head width, mlp width

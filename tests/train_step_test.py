@@ -1,5 +1,6 @@
 """The optimiser step: against the textbook, and what its result may not depend on."""
 
+import dataclasses
 from functools import cache
 from typing import Any
 
@@ -88,6 +89,13 @@ def test_micro_batches_do_not_matter(name):
     learner = make_learner(CONFIG, OBJECTIVES[name], micro_batch_size=2)
     cut = make_train_step(learner, 8)(make_state(learner), BATCH, KEY)
     assert_same(cut, whole_step(name))
+
+
+def test_micro_batches_do_not_matter_where_layers_add_in_place():
+    config = dataclasses.replace(CONFIG, remat="full")
+    learner = make_learner(config, OBJECTIVES["two_sided head"], micro_batch_size=2)
+    cut = make_train_step(learner, 8)(make_state(learner), BATCH, KEY)
+    assert_same(cut, whole_step("two_sided head"))
 
 
 def textbook_loss(params, batch, objective):

@@ -258,6 +258,24 @@ def test_remat_changes_nothing_but_memory(changes):
     assert products["none"] < products["dots"] < products["full"]
 
 
+@pytest.mark.parametrize("changes", [{}, TWO_KINDS], ids=["one-kind", "two-kinds"])
+def test_gradients_may_be_added_to_a_sum(changes):
+    """The layers' gradient comes out added to what was there; the others' is their own."""
+    config, params = tiny_config(**changes), tiny_params(CONFIG)
+    tokens, mask = left_padded([4, 6], 6, 17)
+    sums = jax.tree.map(lambda x: jnp.sin(jnp.arange(x.size)).reshape(x.shape), params["layers"])
+
+    def loss(params, gradients=None):
+        hidden: Any = Transformer(config).apply({"params": params}, tokens, mask, None, gradients)
+        return (hidden**2)[mask].sum()
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(params)
+    other_value, added = jax.jit(jax.value_and_grad(loss))(params, sums)
+    np.testing.assert_allclose(value, other_value, rtol=1e-6)
+    wanted = {**grads, "layers": jax.tree.map(jnp.add, grads["layers"], sums)}
+    chex.assert_trees_all_close(added, wanted, **ROUNDING)
+
+
 def count(function, argument, primitive=None):
     """Equations in a program and those it calls, all or of one primitive."""
 

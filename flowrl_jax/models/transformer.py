@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from flowrl_jax.logprobs import vocabulary_logits
 from flowrl_jax.masking import positions_from_mask
+from flowrl_jax.models.accumulation import run_layers
 from flowrl_jax.models.architecture import ACTIVATIONS, REMAT_POLICIES, TransformerConfig
 from flowrl_jax.models.attention import Columns, attend
 from flowrl_jax.models.lora import lora_term
@@ -53,12 +54,16 @@ def layer_view(config: TransformerConfig, positions: jax.Array, columns: Columns
 
 
 def _param(module: nn.Module, name: str, init, shape, axes) -> jax.Array:
-    """A parameter boxed with the names of its axes, in the compute dtype."""
+    """A parameter boxed with the names of its axes, in the compute dtype.
+
+    It is cut as it is stored until it is used: so it is gathered, and its gradient reduced, in the
+    compute dtype and in one layer at a time.
+    """
     config = module.config
     value: Any = module.param(
         name, nn.with_logical_partitioning(init, axes), shape, config.param_dtype
     )
-    return value.astype(config.dtype)
+    return constrain(value.astype(config.dtype), *axes)
 
 
 def _choose(kinds: dict[bool, Rotation], windowed: jax.Array | bool) -> Rotation:
@@ -290,6 +295,7 @@ class Transformer(nn.Module):
         tokens: jax.Array,
         mask: jax.Array | None = None,
         positions: jax.Array | None = None,
+        gradients: Any = None,
     ) -> jax.Array:
         """Final hidden states, normalised.
 
@@ -297,6 +303,8 @@ class Transformer(nn.Module):
             tokens: `[B, T]` int32.
             mask: `[B, T]` bool, true on real tokens; all of them by default.
             positions: `[B, T]` int32; counted over real tokens by default.
+            gradients: a sum that the gradient of `layers` is to be added to, see `run_layers`;
+                layers are then computed again in the backward pass, as with remat="full".
 
         Returns:
             `[B, T, D]` in the compute dtype.
@@ -304,8 +312,18 @@ class Transformer(nn.Module):
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
         positions = positions_from_mask(mask) if positions is None else positions
         view = layer_view(self.config, positions, Columns(mask))
-        x, _ = self.layers(self.embedding(tokens), view, jnp.array(self.config.windows))
+        x, windowed = self.embedding(tokens), jnp.array(self.config.windows)
+        if gradients is None:
+            x, _ = self.layers(x, view, windowed)
+        else:
+            params = self.layers.variables["params"]
+            x = run_layers(self._run_block, params, gradients, x, view, windowed)
         return self.final_norm(x)
+
+    def _run_block(self, params: Any, x: jax.Array, view: View, windowed: jax.Array) -> jax.Array:
+        """One layer by its own parameters."""
+        block = _scanned(Block)(self.config, parent=None)
+        return block.apply({"params": params}, x, view, windowed)[0]
 
     def logits(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """Logits `[B, T, V]` float32; for small models and tests, training never holds them."""

@@ -90,7 +90,7 @@ def programs(config: Config, learner: Learner) -> Iterator[Program]:
     prompts = rollout.prompts_per_batch or rollout.prompts_per_step
     rows = prompts * rollout.group_size
     width, length = rollout.max_prompt_length, rollout.max_response_length
-    micro = config.train.micro_batch_size or config.rows_per_update
+    micro = learner.micro_batch(config.rows_per_update)
     arrays = _Arrays(layout, width, length)
     yield Program(
         "prefill", lambda: _lower_prefill(learner, arrays, prompts), prompts * width, False, 1
