@@ -88,6 +88,7 @@ def get_config() -> ml_collections.ConfigDict:
         "top_k": 0,  # 0: all tokens
         "top_p": 1.0,  # 1: all tokens
         "prompts_per_batch": 0,  # sampled at one time, bounds the KV cache; 0: all
+        "tensor": 0,  # parts of heads while sampling; 0: as the mesh, -1: as key heads allow
         "old_logprobs": "trainer",  # computed again, as released; sampler saves a forward pass
     }
     config.loss = loss_fields("flowrl", PRESETS["flowrl"])  # see docs/objective.md

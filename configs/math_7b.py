@@ -70,6 +70,7 @@ def get_config(preset: str = "flowrl_paper") -> ml_collections.ConfigDict:
         long_prompts="truncate",  # as released: the last tokens stay
         temperature=1.0,
         prompts_per_batch=16,  # 128 responses hold 70 GiB of keys and values in bfloat16
+        tensor=-1,  # cut over its 4 key heads: weights stay put while tokens are drawn
         old_logprobs="trainer",
     )
     config.loss = preset_loss(preset)

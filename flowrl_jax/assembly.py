@@ -21,7 +21,7 @@ from flowrl_jax.models.transformer import Transformer, TransformerConfig
 from flowrl_jax.objectives.sft import SFTConfig
 from flowrl_jax.optimizer import OptimizerConfig, make_optimizer
 from flowrl_jax.sampler import SamplerConfig, rollout_key
-from flowrl_jax.sharding import Layout, make_layout, make_mesh
+from flowrl_jax.sharding import Layout, make_layout, make_mesh, sampling_layout
 from flowrl_jax.tasks import Task, build
 from flowrl_jax.tasks.countdown import symbols
 from flowrl_jax.tokenizers import (
@@ -54,6 +54,7 @@ class Parts:
     Attributes:
         config: the settings.
         layout: mesh and sharding rules.
+        sampling_layout: the same devices as sampling wants them.
         tokenizer: of prompts and responses.
         eos_ids: tokens that end a response.
         task: asks and judges.
@@ -63,6 +64,7 @@ class Parts:
 
     config: Config
     layout: Layout
+    sampling_layout: Layout
     tokenizer: Tokenizer
     eos_ids: tuple[int, ...]
     task: Task
@@ -92,7 +94,7 @@ class Parts:
 
     def round_up_prompts(self, prompts: int, samples: int) -> int:
         """The least number of prompts from `prompts` on whose samples divide over the devices."""
-        shards = self.layout.batch_shards
+        shards = math.lcm(self.layout.batch_shards, self.sampling_layout.batch_shards)
         unit = shards // math.gcd(shards, samples)
         return -(-prompts // unit) * unit
 
@@ -135,9 +137,11 @@ def assemble(config: Config, workdir: str | os.PathLike[str]) -> Parts:
     layout_mesh = make_mesh(config.mesh)
     tokenizer, eos_ids = _tokenizer(config, Path(workdir))
     shape = _shape(config, tokenizer, layout_mesh.shape["tensor"])
+    layout = make_layout(layout_mesh, shape.axis_sizes)
     return Parts(
         config=config,
-        layout=make_layout(layout_mesh, shape.axis_sizes),
+        layout=layout,
+        sampling_layout=sampling_layout(layout, shape.axis_sizes, config.rollout.tensor),
         tokenizer=tokenizer,
         eos_ids=eos_ids,
         task=build(config.task),
@@ -328,7 +332,7 @@ def _shape(config: Config, tokenizer: Tokenizer, tensor_shards: int) -> Transfor
         "remat": model.remat,
         "attention": model.attention,
         "lora": model.lora,
-        "vocab_multiple": math.lcm(_VOCAB_MULTIPLE, tensor_shards),
+        "vocab_multiple": math.lcm(_VOCAB_MULTIPLE, tensor_shards, max(config.rollout.tensor, 1)),
     }
     try:
         if model.path:

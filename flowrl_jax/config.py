@@ -143,6 +143,7 @@ class RolloutConfig:
         top_k: 0 keeps all tokens.
         top_p: 1 keeps all tokens.
         prompts_per_batch: prompts sampled at one time; 0 means all. Bounds the KV cache.
+        tensor: parts of heads, mlp and vocabulary while sampling, see `sampling_layout`.
         old_logprobs: of the policy that sampled: "trainer" computes them again as the released
             code does, "sampler" takes the sampler's. Their largest difference is logged.
     """
@@ -156,6 +157,7 @@ class RolloutConfig:
     top_k: int = 0
     top_p: float = 1.0
     prompts_per_batch: int = 0
+    tensor: int = 0
     old_logprobs: str = "trainer"
 
     def __post_init__(self):
@@ -168,6 +170,11 @@ class RolloutConfig:
             self.temperature > 0.0,
             f"rollout.temperature={self.temperature} must be positive: training needs a"
             " distribution; `evaluate` and `sample` accept 0",
+        )
+        _require(
+            self.tensor >= -1,
+            f"rollout.tensor={self.tensor} must be a number of parts, 0 for the mesh's, or -1 for"
+            " as many as the key heads allow",
         )
         for field, known in (
             ("long_prompts", ("error", "truncate")),

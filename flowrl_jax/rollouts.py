@@ -155,7 +155,15 @@ def sample(
         piece = {name: x[start : start + size] for name, x in arrays.items()}
         batch = PromptBatch(**parts.layout.put_batch(piece))
         pieces.append(
-            generate(params, batch, key, model=parts.model, config=sampler, layout=parts.layout)
+            generate(
+                params,
+                batch,
+                key,
+                model=parts.model,
+                config=sampler,
+                layout=parts.layout,
+                sampling_layout=parts.sampling_layout,
+            )
         )
     if len(pieces) == 1:
         return pieces[0]

@@ -7,6 +7,7 @@ cut over. Meshes have the axes `data`, `fsdp` and `tensor`; on one device all of
 import contextlib
 import contextvars
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,10 +87,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         InputError: if the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    shape = mesh_shape(config, len(devices))
-    return Mesh(
-        np.array(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
-    )
+    return _mesh(devices, mesh_shape(config, len(devices)))
+
+
+def _mesh(devices: Any, shape: tuple[int, ...]) -> Mesh:
+    kinds = (AxisType.Auto,) * len(MESH_AXES)
+    return Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=kinds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +180,35 @@ def make_layout(mesh: Mesh, sizes: dict[str, int]) -> Layout:
             )
         rules[axis] = None
     return Layout(mesh, tuple(rules.items()))
+
+
+def sampling_layout(layout: Layout, sizes: dict[str, int], tensor: int) -> Layout:
+    """The layout of weights and cache while sampling: no weight is gathered at every token.
+
+    Args:
+        layout: of training.
+        sizes: of the model's axes that may be cut, as in `make_layout`.
+        tensor: parts that heads, mlp and vocabulary are cut into, whole copies of which share the
+            rows; 0 samples in the layout of training, -1 takes as many parts as divide these
+            and the devices.
+
+    Returns:
+        A layout over the same devices in the same order.
+
+    Raises:
+        InputError: the devices or the model's axes do not divide.
+    """
+    devices = layout.mesh.devices.reshape(-1)
+    if tensor == 0:
+        return layout
+    if tensor == -1:
+        cut = [size for axis, size in sizes.items() if dict(RULES)[axis] == "tensor"]
+        tensor = math.gcd(devices.size, *cut)
+    if devices.size % tensor:
+        raise InputError(
+            f"rollout.tensor={tensor} does not divide the {devices.size} devices: choose a divisor"
+        )
+    return make_layout(_mesh(devices, (devices.size // tensor, 1, tensor)), sizes)
 
 
 def local_rows(x: jax.Array) -> np.ndarray:

@@ -5,6 +5,7 @@ that order.
 """
 
 import dataclasses
+import math
 import signal
 import sys
 import threading
@@ -157,11 +158,12 @@ def build_loop(parts: Parts) -> Loop:
     )
     for name in ("prompts_per_step", "prompts_per_batch"):
         prompts, hosts = getattr(rollout, name), jax.process_count()
-        if prompts % hosts or prompts * rollout.group_size % parts.layout.batch_shards:
+        shards = math.lcm(parts.layout.batch_shards, parts.sampling_layout.batch_shards)
+        if prompts % hosts or prompts * rollout.group_size % shards:
             raise InputError(
                 f"rollout.{name}={prompts} times rollout.group_size={rollout.group_size} does not"
-                f" divide over {hosts} hosts and the mesh's {parts.layout.batch_shards} batch"
-                " shards (data x fsdp): choose a multiple"
+                f" divide over {hosts} hosts and the {shards} parts of the batch (data x fsdp):"
+                " choose a multiple"
             )
     source = PromptSource(dataclasses.replace(config.data, seed=config.seed))
     check_prompts(parts, source, config.steps * rollout.prompts_per_step)

@@ -12,7 +12,7 @@ import pytest
 
 from flowrl_jax.models.transformer import Transformer, init_params
 from flowrl_jax.sampler import SamplerConfig, generate, rollout_key
-from flowrl_jax.sharding import Layout, MeshConfig, make_mesh
+from flowrl_jax.sharding import Layout, MeshConfig, make_mesh, sampling_layout
 from tests.tiny import (
     MESH_CONFIG,
     compilations,
@@ -292,14 +292,15 @@ def test_lengths_around_a_segment(length, rollout):
     np.testing.assert_array_equal(other.truncated, ~np.isin(responses(other), (3, 5)).any(1))
 
 
-MESHES = [
-    (2, 4),
-    pytest.param((8, 1), marks=pytest.mark.slow),
-    pytest.param((1, 8), marks=pytest.mark.slow),
+MESHES = [  # fsdp, tensor, and tensor while sampling
+    (8, 1, 4),
+    pytest.param((2, 4, 0), marks=pytest.mark.slow),
+    pytest.param((8, 1, 0), marks=pytest.mark.slow),
+    pytest.param((1, 8, -1), marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize("shape", MESHES, ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("shape", MESHES, ids=lambda s: "x".join(map(str, s)))
 def test_mesh_does_not_matter(shape):
     """Rows over 8 devices, 2 x 4, heads and vocabulary over 8: the same responses."""
     model = Transformer(MESH_CONFIG)
@@ -310,10 +311,18 @@ def test_mesh_does_not_matter(shape):
     layout = Layout(make_mesh(MeshConfig(data=1, fsdp=shape[0], tensor=shape[1])))
     boxed = jax.eval_shape(lambda: init_params(MESH_CONFIG, jax.random.key(0)))
     placed = jax.device_put(params, layout.tree_shardings(boxed))
+    within = sampling_layout(layout, MESH_CONFIG.axis_sizes, shape[2])
+    assert within.mesh.shape["tensor"] == {-1: 8, 0: shape[1], 4: 4}[shape[2]]
     sharded = generate(
-        placed, layout.put_batch(batch), KEY, model=model, config=config, layout=layout
+        placed,
+        layout.put_batch(batch),
+        KEY,
+        model=model,
+        config=config,
+        layout=layout,
+        sampling_layout=within,
     )
-    assert len(sharded.tokens.sharding.device_set) == 8
+    assert all(x.sharding.is_equivalent_to(layout.batch, x.ndim) for x in jax.tree.leaves(sharded))
     assert 0 < alone.truncated.sum() < 16
     assert_same(alone, sharded)
 

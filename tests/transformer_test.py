@@ -14,7 +14,13 @@ from jax.extend.core import jaxprs_in_params
 from flowrl_jax.masking import positions_from_mask
 from flowrl_jax.models import attention
 from flowrl_jax.models.attention import Columns, attend, visible
-from flowrl_jax.models.decode import decode_params, forward_cached, grow_caches, unembed
+from flowrl_jax.models.decode import (
+    decode_params,
+    forward_cached,
+    grow_caches,
+    read_prompts,
+    unembed,
+)
 from flowrl_jax.models.transformer import (
     Transformer,
     TransformerConfig,
@@ -210,9 +216,7 @@ def test_cached_decoding_is_the_full_forward(prefill):
     @jax.jit
     def decode(params):
         weights = decode_params(params, config)
-        hidden, caches = forward_cached(
-            weights, config, tokens, positions[:, :prefill], Columns(mask)
-        )
+        hidden, caches = read_prompts(params, config, tokens, positions[:, :prefill], mask)
         logits = [unembed(weights, config, hidden[:, -1])]
         for i in range(5):
             size = prefill + (3 if i < 3 else 6)  # grows once, and always has room to spare

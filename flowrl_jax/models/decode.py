@@ -1,8 +1,9 @@
-"""The decoder over a KV cache: the same blocks as training, one layer after the other.
+"""The decoder over a KV cache: the same blocks as training.
 
-Layers are unrolled here. Scanning them would carry the stacked cache through the scan and copy it
-at every token; the slices of the stacked weights are taken once, together with the cast to the
-compute dtype that decoding wants anyway.
+Prompts are read with the layers scanned, as in training. Tokens are decoded with the layers
+unrolled: a scan would carry the stacked cache through itself and copy it at every token. The slices
+of the stacked weights are taken once, together with the cast to the compute dtype that decoding
+wants anyway.
 """
 
 from typing import Any
@@ -12,29 +13,79 @@ import jax.numpy as jnp
 
 from flowrl_jax.logprobs import vocabulary_logits
 from flowrl_jax.models.attention import Columns
+from flowrl_jax.models.lora import init_lora, with_adapters
 from flowrl_jax.models.transformer import (
     Block,
     Cache,
     Embedding,
     RMSNorm,
     TransformerConfig,
+    init_params,
     layer_view,
 )
+from flowrl_jax.sharding import active_layout
 
 
 def decode_params(params: Any, config: TransformerConfig) -> Any:
     """Weights as decoding wants them: in the compute dtype, `layers` a tuple of one tree each.
 
+    Under an active layout they are cut as it says, whatever way `params` are.
+
     Args:
         params: the policy, as `Transformer` holds it.
         config: its shape.
     """
-    params = jax.tree.map(lambda x: x.astype(config.dtype), params)
+    params = _placed(jax.tree.map(lambda x: x.astype(config.dtype), params), config)
     layers = tuple(
         jax.tree.map(lambda x: x[i], params["layers"])  # noqa: B023
         for i in range(config.num_layers)
     )
     return {**params, "layers": layers}
+
+
+def _placed(params: Any, config: TransformerConfig) -> Any:
+    """Weights cut as the active layout says, if there is one."""
+    layout = active_layout()
+    if layout is None:
+        return params
+
+    def boxed():
+        key = jax.random.key(0)
+        adapters = init_lora(config, key) if config.lora.rank else {}
+        return with_adapters(init_params(config, key), adapters)
+
+    shardings = layout.tree_shardings(jax.eval_shape(boxed))
+    return jax.lax.with_sharding_constraint(params, shardings)
+
+
+def read_prompts(
+    params: Any, config: TransformerConfig, tokens: jax.Array, positions: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, tuple[Cache, ...]]:
+    """Runs the decoder on whole prompts.
+
+    Args:
+        params: the policy, as `Transformer` holds it.
+        config: its shape.
+        tokens: `[B, P]` int32.
+        positions: `[B, P]` int32.
+        mask: `[B, P]` bool, true on real tokens.
+
+    Returns:
+        Final hidden states `[B, P, D]`, normalised, and keys and values `[B, K, P, H]` of each
+        layer.
+    """
+    x = Embedding(config).apply({"params": params["embedding"]}, tokens)
+    view = layer_view(config, positions, Columns(mask))
+
+    def layer(x, inputs):
+        params, windowed = inputs
+        if len(view.rotations) == 1:
+            (windowed,) = view.rotations
+        return Block(config).apply({"params": params}, x, view, windowed)
+
+    x, (keys, values) = jax.lax.scan(layer, x, (params["layers"], jnp.array(config.windows)))
+    hidden: Any = RMSNorm(config).apply({"params": params["final_norm"]}, x)
+    return hidden, tuple((keys[i], values[i]) for i in range(config.num_layers))
 
 
 def forward_cached(
@@ -43,7 +94,7 @@ def forward_cached(
     tokens: jax.Array,
     positions: jax.Array,
     columns: Columns,
-    caches: tuple[Cache, ...] | None = None,
+    caches: tuple[Cache, ...],
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
     """Runs the decoder on tokens that follow what the caches hold.
 
@@ -52,9 +103,8 @@ def forward_cached(
         config: the decoder's shape.
         tokens: `[B, T]` int32.
         positions: `[B, T]` int32.
-        columns: that the tokens may attend to, and which of them are their own; without caches
-            they are the tokens themselves.
-        caches: keys and values `[B, K, S, H]` of each layer, or None to start.
+        columns: that the tokens may attend to, and which of them are their own.
+        caches: keys and values `[B, K, S, H]` of each layer.
 
     Returns:
         Final hidden states `[B, T, D]`, normalised, and the caches with `tokens` written in.
@@ -62,9 +112,7 @@ def forward_cached(
     x = Embedding(config).apply({"params": params["embedding"]}, tokens)
     view = layer_view(config, positions, columns)
     written = []
-    for i, layer in enumerate(params["layers"]):
-        cache = None if caches is None else caches[i]
-        windowed = config.windows[i]
+    for layer, windowed, cache in zip(params["layers"], config.windows, caches, strict=True):
         x, cache = Block(config).apply({"params": layer}, x, view, windowed, cache)
         written.append(cache)
     hidden: Any = RMSNorm(config).apply({"params": params["final_norm"]}, x)

@@ -1,6 +1,7 @@
 """The programs of a run, lowered for devices that are not there."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,12 +12,14 @@ from jax.sharding import AxisType, Mesh
 
 from flowrl_jax.config import Config
 from flowrl_jax.errors import InputError
+from flowrl_jax.masking import positions_from_mask
 from flowrl_jax.models.attention import Columns
-from flowrl_jax.models.decode import decode_params, forward_cached, unembed
+from flowrl_jax.models.decode import decode_params, forward_cached, read_prompts, unembed
 from flowrl_jax.models.transformer import Transformer
+from flowrl_jax.objectives import objective_of
 from flowrl_jax.optimizer import make_optimizer
 from flowrl_jax.planning.shapes import planned_shape
-from flowrl_jax.sharding import MESH_AXES, Layout, make_layout, mesh_shape
+from flowrl_jax.sharding import MESH_AXES, Layout, make_layout, mesh_shape, sampling_layout
 from flowrl_jax.train_step import (
     Learner,
     abstract_policy,
@@ -34,17 +37,35 @@ class Program:
 
     Attributes:
         name: "train_step", "score", "prefill" or "decode".
-        lower: lowers it for the planned devices.
-        tokens: that it computes, over all devices.
+        build: makes the jitted function and the shapes of its arguments.
+        layout: where its activations live.
+        rows: responses or prompts that it computes at one time, over all devices.
+        columns: tokens that it computes of a row.
+        trips: how often it does so.
+        runs: of the program in a step of the loop.
         backward: whether it has a backward pass.
-        trips: how often its micro-batches repeat within it.
+        replaced: which argument is donated and becomes a result; None where none is.
     """
 
     name: str
-    lower: Callable[[], Any]
-    tokens: int
-    backward: bool
+    build: Callable[[], tuple[Any, tuple[Any, ...]]]
+    layout: Layout
+    rows: int
+    columns: int
     trips: int
+    runs: int
+    backward: bool = False
+    replaced: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Computed by a run, over all devices."""
+        return self.rows * self.columns * self.trips
+
+    def lower(self) -> Any:
+        """Lowers it for the planned devices."""
+        function, arguments = self.build()
+        return function.lower(*arguments)
 
 
 def planned_learner(config: Config, devices: list[Any]) -> Learner:
@@ -87,30 +108,58 @@ def planned_learner(config: Config, devices: list[Any]) -> Learner:
 def programs(config: Config, learner: Learner) -> Iterator[Program]:
     """The programs in the order in which a step runs them."""
     rollout, layout = config.rollout, learner.layout
-    prompts = rollout.prompts_per_batch or rollout.prompts_per_step
-    rows = prompts * rollout.group_size
     width, length = rollout.max_prompt_length, rollout.max_response_length
-    micro = learner.micro_batch(config.rows_per_update)
+    columns = width + length
+    prompts = rollout.prompts_per_batch or rollout.prompts_per_step
+    batches = rollout.prompts_per_step // prompts
+    rows = prompts * rollout.group_size
     arrays = _Arrays(layout, width, length)
+    within = sampling_layout(layout, learner.model.config.axis_sizes, rollout.tensor)
+    sampler = dataclasses.replace(learner, layout=within)
+    token = dataclasses.replace(arrays, layout=within)
     yield Program(
-        "prefill", lambda: _lower_prefill(learner, arrays, prompts), prompts * width, False, 1
+        "prefill",
+        lambda: _prefill(learner, within, arrays, prompts),
+        within,
+        rows=prompts,
+        columns=width,
+        trips=1,
+        runs=batches,
     )
-    yield Program("decode", lambda: _lower_decode(learner, arrays, rows), rows, False, 1)
+    yield Program(
+        "decode",
+        lambda: _decode(sampler, token, rows),
+        within,
+        rows=rows,
+        columns=1,
+        trips=1,
+        runs=batches * length,
+        replaced=1,
+    )
     total = rollout.prompts_per_step * rollout.group_size
+    micro = learner.micro_batch(config.rows_per_update)
+    scored = math.gcd(total, micro)
+    reference = objective_of(config.loss).needs_reference(config.loss)
     yield Program(
         "score",
-        lambda: _lower_score(learner, arrays, total),
-        total * (width + length),
-        False,
-        total // np.gcd(total, micro).item(),
+        lambda: _score(learner, arrays, total),
+        layout,
+        rows=scored,
+        columns=columns,
+        trips=total // scored,
+        runs=int(reference) + (rollout.old_logprobs == "trainer"),
     )
     update = config.rows_per_update
     yield Program(
         "train_step",
-        lambda: _lower_train_step(learner, arrays, update),
-        update * (width + length),
-        True,
-        update // micro,
+        lambda: _train_step(learner, arrays, update),
+        layout,
+        rows=micro,
+        columns=columns,
+        trips=update // micro,
+        runs=config.updates,
+        backward=True,
+        replaced=0,
     )
 
 
@@ -137,7 +186,7 @@ def _key(layout: Layout) -> Any:
     return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=layout.replicated)
 
 
-def _lower_train_step(learner: Learner, arrays: _Arrays, rows: int) -> Any:
+def _train_step(learner: Learner, arrays: _Arrays, rows: int) -> tuple[Any, tuple[Any, ...]]:
     state, _ = abstract_state(learner, num_prompts=rows)
     prompt_mask, response_mask = arrays.masks(rows)
     logprobs = arrays.rows(rows, arrays.length, dtype=jnp.float32)
@@ -154,31 +203,31 @@ def _lower_train_step(learner: Learner, arrays: _Arrays, rows: int) -> Any:
     )
     base = (abstract_policy(learner),) if learner.model.config.lora.rank else ()
     step: Any = make_train_step(learner, num_prompts=rows)
-    return step.lower(state, batch, _key(arrays.layout), *base)
+    return step, (state, batch, _key(arrays.layout), *base)
 
 
-def _lower_score(learner: Learner, arrays: _Arrays, rows: int) -> Any:
+def _score(learner: Learner, arrays: _Arrays, rows: int) -> tuple[Any, tuple[Any, ...]]:
     tokens, masks = arrays.tokens(rows), arrays.masks(rows)
     score: Any = make_score(learner)
-    return score.lower(abstract_policy(learner), tokens, *masks)
+    return score, (abstract_policy(learner), tokens, *masks)
 
 
-def _lower_prefill(learner: Learner, arrays: _Arrays, prompts: int) -> Any:
-    config, layout = learner.model.config, learner.layout
+def _prefill(learner: Learner, within: Layout, arrays: _Arrays, prompts: int) -> tuple[Any, tuple[Any, ...]]:
+    """Every prompt once; weights come from the layout of training into that of sampling."""
+    config = learner.model.config
 
     def prefill(params, tokens, mask):
-        with layout.activate():
-            weights = decode_params(params, config)
-            positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-            hidden, caches = forward_cached(weights, config, tokens, positions, Columns(mask))
-            return unembed(weights, config, hidden[:, -1]), caches
+        with within.activate():
+            positions = positions_from_mask(mask)
+            hidden, caches = read_prompts(params, config, tokens, positions, mask)
+            return unembed(params, config, hidden[:, -1]), caches
 
     tokens = arrays.rows(prompts, arrays.width, dtype=jnp.int32)
     mask = arrays.rows(prompts, arrays.width, dtype=bool)
-    return jax.jit(prefill).lower(abstract_policy(learner), tokens, mask)
+    return jax.jit(prefill), (abstract_policy(learner), tokens, mask)
 
 
-def _lower_decode(learner: Learner, arrays: _Arrays, rows: int) -> Any:
+def _decode(learner: Learner, arrays: _Arrays, rows: int) -> tuple[Any, tuple[Any, ...]]:
     """One token of every row, over a cache of the full length."""
     config, layout = learner.model.config, learner.layout
     columns = arrays.width + arrays.length
@@ -201,7 +250,7 @@ def _lower_decode(learner: Learner, arrays: _Arrays, rows: int) -> Any:
     one = arrays.rows(rows, 1, dtype=jnp.int32)
     real = arrays.rows(rows, columns, dtype=bool)
     column = jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.replicated)
-    return jax.jit(decode, donate_argnums=1).lower(weights, caches, one, one, real, column)
+    return jax.jit(decode, donate_argnums=1), (weights, caches, one, one, real, column)
 
 
 def _sharded_like(weights: Any, learner: Learner) -> Any:

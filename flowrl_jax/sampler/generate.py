@@ -17,10 +17,16 @@ from flax import struct
 
 from flowrl_jax.masking import positions_from_mask
 from flowrl_jax.models.attention import Columns
-from flowrl_jax.models.decode import decode_params, forward_cached, grow_caches, unembed
+from flowrl_jax.models.decode import (
+    decode_params,
+    forward_cached,
+    grow_caches,
+    read_prompts,
+    unembed,
+)
 from flowrl_jax.models.transformer import Cache, Transformer, TransformerConfig
 from flowrl_jax.sampler.sampling import draw
-from flowrl_jax.sharding import Layout
+from flowrl_jax.sharding import Layout, constrain
 from flowrl_jax.types import PromptBatch, Rollout
 
 
@@ -119,7 +125,7 @@ def _record(state: _State, token, logprob, caches, config: SamplerConfig) -> _St
     )
 
 
-@partial(jax.jit, static_argnames=("model", "config", "layout"))
+@partial(jax.jit, static_argnames=("model", "config", "layout", "sampling_layout"))
 def generate(
     params: Any,
     prompts: PromptBatch,
@@ -128,6 +134,7 @@ def generate(
     model: Transformer,
     config: SamplerConfig,
     layout: Layout | None = None,
+    sampling_layout: Layout | None = None,
 ) -> Rollout:
     """Samples one response per row.
 
@@ -141,7 +148,10 @@ def generate(
         key: from `rollout_key`, consumed.
         model: the policy's architecture.
         config: how to sample.
-        layout: where activations live; follows the inputs' shardings without one.
+        layout: where parameters, prompts and the rollout live; without one they are where the
+            inputs' shardings lead.
+        sampling_layout: where weights, cache and activations live in the meantime; `layout` by
+            default.
 
     Returns:
         A `Rollout` with T = `config.max_response_length`.
@@ -156,19 +166,28 @@ def generate(
             " adjacent rows"
         )
     prompts = _with_ids(prompts, config.group_size)
-    with layout.activate() if layout else contextlib.nullcontext():
-        weights = decode_params(params, model.config)
+    within = sampling_layout or layout
+    with within.activate() if within else contextlib.nullcontext():
+        prompts = jax.tree.map(_by_rows, prompts)
         uniforms = _uniforms(key, prompts, config.max_response_length).T
-        state = _prefill(weights, prompts, uniforms, model.config, config)
+        state = _prefill(params, prompts, uniforms, model.config, config)
+        weights = decode_params(params, model.config)
         state = _decode(state, weights, prompts, uniforms, model.config, config)
     response_mask = jnp.arange(config.max_response_length)[None] < state.length[:, None]
-    return Rollout(
+    rollout = Rollout(
         tokens=jnp.concatenate([prompts.tokens, state.tokens.T], axis=1),
         prompt_mask=prompts.mask,
         response_mask=response_mask,
         sampler_logprobs=state.logprobs.T,
         truncated=~state.done,
     )
+    with layout.activate() if layout else contextlib.nullcontext():
+        return jax.tree.map(_by_rows, rollout)
+
+
+def _by_rows(x: jax.Array) -> jax.Array:
+    """Cut over the batch, its first axis, alone."""
+    return constrain(x, "batch", *(None for _ in x.shape[1:]))
 
 
 def _with_ids(prompts: PromptBatch, group_size: int) -> PromptBatch:
@@ -188,7 +207,7 @@ def _draw(logits: jax.Array, uniform: jax.Array, config: SamplerConfig):
 
 
 def _prefill(
-    weights: Any,
+    params: Any,
     prompts: PromptBatch,
     uniforms: jax.Array,
     shape: TransformerConfig,
@@ -199,10 +218,10 @@ def _prefill(
     one_per_group = lambda x: x.reshape(-1, config.group_size, width)[:, 0]  # noqa: E731
     expand = lambda x: jnp.repeat(x, config.group_size, axis=0)  # noqa: E731
     mask = one_per_group(prompts.mask)
-    hidden, caches = forward_cached(
-        weights, shape, one_per_group(prompts.tokens), positions_from_mask(mask), Columns(mask)
+    hidden, caches = read_prompts(
+        params, shape, one_per_group(prompts.tokens), positions_from_mask(mask), mask
     )
-    logits = expand(unembed(weights, shape, hidden[:, -1]))
+    logits = expand(unembed(params, shape, hidden[:, -1]))
     token, logprob = _draw(logits, uniforms[0], config)
     state = _State(
         count=jnp.int32(0),
