@@ -19,6 +19,7 @@ import ml_collections
 from absl import flags
 
 from flowrl_jax.config import Config, parse_config
+from flowrl_jax.distributed import leave, leave_failed
 from flowrl_jax.errors import InputError
 from flowrl_jax.tasks.base import nearest
 
@@ -67,6 +68,18 @@ def run(
         arguments: the words after the command; those of this process by default.
         own_settings: gives the settings where --config is absent; without it --config is needed.
     """
+    try:
+        return leave(_run(main, values, arguments, own_settings))
+    except BaseException as error:
+        return leave_failed(error)
+
+
+def _run(
+    main: Callable[[Config, flags.FlagValues], None],
+    values: flags.FlagValues,
+    arguments: Sequence[str] | None,
+    own_settings: Callable[[flags.FlagValues], Mapping[str, Any]] | None,
+) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if {"--help", "-h", "-help", "--helpshort"} & set(arguments):

@@ -1,12 +1,14 @@
 """Evaluation of a policy: `python -m flowrl_jax.evaluate --config=FILE --run=DIR --out=FILE`."""
 
 import dataclasses
+import itertools
 import json
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from absl import flags
 
@@ -22,10 +24,11 @@ from flowrl_jax.assembly import (
 )
 from flowrl_jax.config import Config, EvalConfig
 from flowrl_jax.datasets.pipeline import PromptSource
-from flowrl_jax.distributed import define_flags, join
+from flowrl_jax.distributed import define_flags, join, row_share
 from flowrl_jax.errors import InputError
 from flowrl_jax.evaluation import Summary, prompt_values, summarize
 from flowrl_jax.graded import samples_from_records, write_records
+from flowrl_jax.new_folder import in_first_process
 from flowrl_jax.progress import Progress
 from flowrl_jax.report import render_table
 from flowrl_jax.rollouts import check_prompts, encode_rows, responses, sample
@@ -50,7 +53,10 @@ class Evaluator:
         self._parts = parts
         self._config = config
         self._rows = source.rows(0, count)
+        self._share = row_share(parts.layout)
         self._batch_size = parts.round_up_prompts(config.prompts_per_batch, config.samples)
+        while self._batch_size % len(self._share.leaders):
+            self._batch_size = parts.round_up_prompts(self._batch_size + 1, config.samples)
         self._sampler = parts.sampler(
             group_size=config.samples,
             temperature=config.temperature,
@@ -65,6 +71,8 @@ class Evaluator:
     ) -> list[dict[str, Any]]:
         """Judged samples, one record per prompt (see `graded.samples_from_records`).
 
+        Each process samples and judges its own part of the prompts; all get all records.
+
         Args:
             policy: parameters.
             reference: parameters to measure KL against; without them KL is 0.
@@ -76,7 +84,9 @@ class Evaluator:
             rows = self._rows[start : start + size]
             # The last batch is filled up, so that every batch is the same compiled program.
             filled = rows + [rows[-1]] * (size - len(rows))
-            records += self._batch(policy, reference, filled)[: len(rows)]
+            mine = self._batch(policy, reference, filled[self._share.part(size)])
+            everybody = itertools.chain.from_iterable(self._share.gather(mine))
+            records += itertools.islice(everybody, len(rows))
             if progress:
                 progress.update(len(rows))
         return records
@@ -147,9 +157,13 @@ def evaluate(config: Config, run: str | Path, out: str | Path | None = None) -> 
     with Progress(evaluator.num_prompts, name, unit="prompt") as progress:
         records = evaluator.records(policy, reference, progress)
     if out:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        write_records(out, records)
+        in_first_process(lambda: _write(Path(out), records))
     return summarize(samples_from_records(records), k=config.eval.k)
+
+
+def _write(out: Path, records: list[dict[str, Any]]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_records(out, records)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -173,9 +187,10 @@ def main(arguments: list[str] | None = None) -> int:
         if run and not Path(run).is_dir():
             raise InputError(f"--run={run}: no such folder; name the folder of a run")
         summary = evaluate(config, run, values["out"].value or None)
-        print(render_table({Path(run).name or "policy": summary}))
-        if values["json"].value:
-            Path(values["json"].value).write_text(json.dumps(summary, indent=2) + "\n")
+        if jax.process_index() == 0:
+            print(render_table({Path(run).name or "policy": summary}))
+            if values["json"].value:
+                Path(values["json"].value).write_text(json.dumps(summary, indent=2) + "\n")
 
     return cli.run(start, values, arguments)
 

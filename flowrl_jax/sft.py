@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags
 
@@ -28,9 +27,10 @@ from flowrl_jax.assembly import (
 from flowrl_jax.checkpoint import CheckpointConfig, Checkpointer
 from flowrl_jax.config import Config
 from flowrl_jax.datasets.pipeline import PromptSource
-from flowrl_jax.distributed import define_flags, join
+from flowrl_jax.distributed import define_flags, join, row_share
 from flowrl_jax.errors import InputError
 from flowrl_jax.metrics import MetricWriter
+from flowrl_jax.new_folder import in_first_process
 from flowrl_jax.objectives.sft import SFTConfig
 from flowrl_jax.progress import Progress
 from flowrl_jax.rollouts import check_prompts, encode_prompt, fit_prompt
@@ -93,9 +93,9 @@ def sft(config: Config, workdir: str | Path) -> None:
         InputError: for whatever of the config, data or folder is wrong, before compiling.
     """
     workdir = Path(workdir)
-    claim_workdir(workdir)
+    in_first_process(lambda: claim_workdir(workdir))
     parts = assemble(config, workdir)
-    settings, hosts = config.sft, jax.process_count()
+    settings = config.sft
     source = PromptSource(dataclasses.replace(config.data, seed=config.seed))
     check_prompts(parts, source, settings.steps * settings.batch_size)
     learner = make_learner(
@@ -106,11 +106,12 @@ def sft(config: Config, workdir: str | Path) -> None:
         steps=settings.steps,
         updates=1,
     )
-    count = settings.batch_size // hosts
+    mine = row_share(parts.layout).part(settings.batch_size)
 
     def arrays_of(step: int) -> dict[str, np.ndarray]:
-        position = (step - 1) * settings.batch_size + jax.process_index() * count
-        return demonstration_arrays(parts, source.rows(position, count), position)
+        position = (step - 1) * settings.batch_size + mine.start
+        rows = source.rows(position, mine.stop - mine.start)
+        return demonstration_arrays(parts, rows, position)
 
     arrays_of(1)  # raises before anything compiles if demonstrations are too long
     save_settings(workdir, config)

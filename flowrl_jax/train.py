@@ -33,12 +33,20 @@ from flowrl_jax.assembly import (
 from flowrl_jax.checkpoint import Checkpointer
 from flowrl_jax.config import Config
 from flowrl_jax.datasets.pipeline import PromptSource
-from flowrl_jax.distributed import any_process, define_flags, join
+from flowrl_jax.distributed import (
+    RowShare,
+    any_process,
+    define_flags,
+    from_first,
+    join,
+    row_share,
+)
 from flowrl_jax.errors import InputError
 from flowrl_jax.evaluate import Evaluator
 from flowrl_jax.learning_batch import make_learning_batch, make_minibatch
 from flowrl_jax.metrics import CompileCounter, MetricWriter
 from flowrl_jax.models.lora import with_adapters
+from flowrl_jax.new_folder import in_first_process
 from flowrl_jax.objectives import objective_of
 from flowrl_jax.progress import Progress
 from flowrl_jax.rollouts import check_prompts, encode_rows, grade, responses, sample
@@ -67,6 +75,7 @@ class Loop:
         source: rows of the training split.
         programs: the jitted programs by name.
         evaluator: of held-out prompts; None where the run is not evaluated.
+        share: which rows this process samples and judges.
         reference: parameters of the reference policy; None where the objective has none.
         base: the frozen weights, where adapters are trained; the reference is the same arrays.
     """
@@ -77,6 +86,7 @@ class Loop:
     source: PromptSource
     programs: dict[str, Any]
     evaluator: Evaluator | None
+    share: RowShare
     reference: Any = None
     base: Any = None
 
@@ -84,24 +94,29 @@ class Loop:
         """All weights of the policy, adapters among them."""
         return with_adapters(self.base, state.params["policy"])
 
-    def collect(
-        self, params: Any, step: int, position: int
-    ) -> tuple[Sequence[Row], Rollout, dict[str, float]]:
-        """Samples responses to the rows at `position`; returns rows, rollout and metrics."""
+    def collect(self, params: Any, step: int, position: int) -> tuple[Sequence[Row], Rollout, int]:
+        """Samples responses to this process's part of the rows from `position` on.
+
+        Returns:
+            The rows, their rollout, and the number of prompts that were truncated.
+        """
         config = self.parts.config.rollout
-        hosts = jax.process_count()
-        count = config.prompts_per_step // hosts
-        rows = self.source.rows(position + jax.process_index() * count, count)
+        mine = self.share.part(config.prompts_per_step)
+        rows = self.source.rows(position + mine.start, mine.stop - mine.start)
         arrays, truncated = encode_rows(self.parts, rows, config.group_size)
         key = rollout_key(self.parts.config.seed, step)
-        batch = config.prompts_per_batch // hosts
+        batch = config.prompts_per_batch // len(self.share.leaders)
         rollout = sample(self.parts, params, arrays, key, self.sampler, batch)
-        return rows, rollout, {"rollout/truncated_prompts": truncated}
+        return rows, rollout, truncated
 
     def learn(
         self, state: TrainState, rollout: Rollout, rows: Sequence[Row], key: jax.Array
-    ) -> tuple[TrainState, dict[str, float], dict[str, jax.Array]]:
-        """Judges a rollout and takes the optimiser's steps on it."""
+    ) -> tuple[TrainState, np.ndarray, dict[str, jax.Array]]:
+        """Judges a rollout and takes the optimiser's steps on it.
+
+        Returns:
+            The new state, the rewards of this process's rows, and metrics.
+        """
         config = self.parts.config
         policy = self.policy(state)
         score = self.programs["score"]
@@ -111,7 +126,7 @@ class Loop:
         old_logprobs = rollout.sampler_logprobs
         if config.rollout.old_logprobs == "trainer":
             old_logprobs = score(policy, *arrays)
-        rewards = grade(self.parts, rows, responses(self.parts, rollout))
+        rewards = self._judge(rows, rollout)
         prompt_id = np.array([row["prompt_id"] for row in rows], np.int32)
         host = self.parts.layout.put_batch(
             {"reward": rewards, "prompt_id": np.repeat(prompt_id, config.rollout.group_size)}
@@ -125,7 +140,18 @@ class Loop:
             base = () if self.base is None else (self.base,)
             state, step_metrics = self.programs["train_step"](state, minibatch, key, *base)
             metrics = _merge(metrics, step_metrics, i)
-        return state, {"rollout/reward_mean": float(np.mean(rewards))}, metrics
+        return state, rewards, metrics
+
+    def _judge(self, rows: Sequence[Row], rollout: Rollout) -> np.ndarray:
+        """Rewards of this process's rows, which one process finds out."""
+        rewards = None
+        if self.share.leads:
+            rewards = grade(self.parts, rows, responses(self.parts, rollout))
+        if len(self.share.leaders) == jax.process_count():
+            assert rewards is not None
+            return rewards
+        found = self.share.gather(None if rewards is None else rewards.tolist())
+        return np.array(found[self.share.index], np.float32)
 
 
 def _merge(metrics: dict, step_metrics: dict, update: int) -> dict:
@@ -156,8 +182,9 @@ def build_loop(parts: Parts) -> Loop:
         steps=config.steps,
         updates=config.updates,
     )
+    share = row_share(parts.layout)
     for name in ("prompts_per_step", "prompts_per_batch"):
-        prompts, hosts = getattr(rollout, name), jax.process_count()
+        prompts, hosts = getattr(rollout, name), len(share.leaders)
         shards = math.lcm(parts.layout.batch_shards, parts.sampling_layout.batch_shards)
         if prompts % hosts or prompts * rollout.group_size % shards:
             raise InputError(
@@ -174,7 +201,7 @@ def build_loop(parts: Parts) -> Loop:
         "train_step": make_train_step(learner, len(source)),
     }
     evaluator = Evaluator(parts, config.eval) if config.eval.every else None
-    return Loop(parts, learner, parts.sampler(), source, programs, evaluator)
+    return Loop(parts, learner, parts.sampler(), source, programs, evaluator, share)
 
 
 def train(config: Config, workdir: str | Path, *, resume: bool = False) -> dict[str, float]:
@@ -194,7 +221,7 @@ def train(config: Config, workdir: str | Path, *, resume: bool = False) -> dict[
         cli.Preempted: after SIGTERM, once a checkpoint is complete.
     """
     workdir, started = Path(workdir), time.perf_counter()
-    claim_workdir(workdir, resume=resume)
+    in_first_process(lambda: claim_workdir(workdir, resume=resume))
     loop = build_loop(assemble(config, workdir))
     with (
         CompileCounter() as compilations,
@@ -233,9 +260,10 @@ def _start(loop: Loop, checkpointer: Checkpointer) -> tuple[TrainState, int, int
     num_prompts = len(loop.source)
     needs_reference = objective_of(config.loss).needs_reference(config.loss)
     state, first, position = None, 0, 0
-    if checkpointer.latest_step() is not None:
+    latest = from_first(checkpointer.latest_step())
+    if latest is not None:
         abstract, _ = abstract_state(learner, num_prompts)
-        state, host, first = checkpointer.restore(abstract)
+        state, host, first = checkpointer.restore(abstract, latest)
         position = host["position"]
     adapters = learner.model.config.lora.rank > 0
     if state is None or needs_reference or adapters:
@@ -270,21 +298,26 @@ def _run_steps(
         writer.write(0, evaluator.metrics(loop.policy(state), loop.reference))
     for step in range(first + 1, config.steps + 1):
         begin = time.perf_counter()
-        rows, rollout, metrics = loop.collect(loop.policy(state), step, position)
+        rows, rollout, truncated = loop.collect(loop.policy(state), step, position)
         position += config.rollout.prompts_per_step
         lengths = local_rows(rollout.response_mask).sum(axis=1)
         sampled = time.perf_counter()
-        state, judged, device_metrics = loop.learn(state, rollout, rows, dropout_key)
+        state, rewards, device_metrics = loop.learn(state, rollout, rows, dropout_key)
         done = time.perf_counter()
-        metrics |= judged | {
+        truncated, tokens, reward, graded = loop.share.total(
+            [truncated, int(lengths.sum()), float(np.sum(rewards, dtype=np.float64)), rewards.size]
+        )
+        metrics = {
             "data/position": position,
+            "rollout/reward_mean": reward / graded,
+            "rollout/truncated_prompts": truncated,
             "time/rollout": sampled - begin,
             "time/step": done - begin,
-            "time/tokens_per_second": float(lengths.sum() / max(sampled - begin, 1e-9)),
+            "time/tokens_per_second": tokens / max(sampled - begin, 1e-9),
             "time/compilations": compilations.count,
         }
         writer.write(step, metrics, device_metrics)
-        progress.update(reward=f"{judged['rollout/reward_mean']:.3f}")
+        progress.update(reward=f"{reward / graded:.3f}")
         evaluation: dict[str, float] = {}
         if evaluator and (step % config.eval.every == 0 or step == config.steps):
             evaluation = evaluator.metrics(loop.policy(state), loop.reference)

@@ -23,7 +23,8 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple, dict[str, Any]]
     """What jax.distributed was asked for; it joins nobody, and jax's settings stay."""
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append((a, k)))
-    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(distributed, "_configure", lambda: None)
+    monkeypatch.setattr(distributed, "_speak_up", lambda: None)
     for name in ("SLURM_NTASKS", "SLURM_STEP_NODELIST", "FLOWRL_DISTRIBUTED"):
         monkeypatch.delenv(name, raising=False)
     return calls
@@ -40,7 +41,7 @@ def test_processes_given_by_hand(joined: list, capsys: pytest.CaptureFixture) ->
     assert capsys.readouterr().err.count("\n") == 1
     ((address, settings),) = joined
     assert address == ("10.0.0.2:8476", 4, 3)
-    assert settings["heartbeat_timeout_seconds"] == settings["shutdown_timeout_seconds"] == 7
+    assert settings["heartbeat_timeout_seconds"] == 7
 
 
 def test_a_dead_process_is_noticed_within_a_minute(joined: list) -> None:
