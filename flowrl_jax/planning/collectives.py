@@ -2,9 +2,9 @@
 
 Bytes are those that one device receives where a group of n exchanges along a ring:
 
-    all-gather          (n - 1) of its operand                 i.e. (n - 1) / n of the gathered array
+    all-gather          (n - 1) of its operand, (n - 1) / n of the gathered array
     reduce-scatter      (n - 1) / n of its operand
-    all-reduce          2 (n - 1) / n of its operand           a reduce-scatter and an all-gather
+    all-reduce          2 (n - 1) / n of its operand: a reduce-scatter and an all-gather
     all-to-all          (n - 1) / n of its operand
     collective-permute  its operand
 """
@@ -76,6 +76,14 @@ def traffic(
     return tuple(sorted(sums.values(), key=lambda one: -one.bytes))
 
 
+def bytes_by_axes(collectives: Iterable[Traffic]) -> dict[str, float]:
+    """Bytes that one device receives, by the axes of the mesh that they go over."""
+    sums: dict[str, float] = {}
+    for one in collectives:
+        sums[one.axes] = sums.get(one.axes, 0.0) + one.bytes
+    return sums
+
+
 def kind_of(e: Executed) -> str | None:
     """The kind of a collective; None for other instructions and for the end of a collective."""
     opcode = e.instruction.opcode.removesuffix("-start")
@@ -107,7 +115,9 @@ def device_groups(instruction: Instruction, devices: int) -> list[np.ndarray]:
         return list(_iota(iota[1], iota[2], iota[3]))
     if not text.startswith("{{"):
         raise ValueError(f"replica_groups={text} of {instruction.name} is not understood")
-    return [np.array([int(n) for n in group.split(",")]) for group in re.findall(r"[\d, ]+\d|\d", text)]
+    return [
+        np.array([int(n) for n in group.split(",")]) for group in re.findall(r"[\d, ]+\d|\d", text)
+    ]
 
 
 def axes_of(groups: Sequence[np.ndarray], axes: Sequence[str], shape: Sequence[int]) -> str:
@@ -170,7 +180,6 @@ def _of_mesh(text: str) -> list[np.ndarray]:
         chosen = [False, True, False] if part else [name in wanted]
         sizes += pieces
         inside += chosen
-    array = devices.reshape(sizes)
-    order = [i for i, used in enumerate(inside) if not used] + [i for i, u in enumerate(inside) if u]
+    order = sorted(range(len(sizes)), key=lambda axis: inside[axis])  # those of a group last
     length = int(np.prod([size for size, used in zip(sizes, inside, strict=True) if used]))
-    return list(array.transpose(order).reshape(-1, length))
+    return list(devices.reshape(sizes).transpose(order).reshape(-1, length))

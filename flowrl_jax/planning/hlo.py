@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 _SHAPE = re.compile(r"([a-z]\w*)\[([^\]]*)\](?:\{([^{}]*)\})?")
@@ -331,7 +331,24 @@ def executed(
         start: name of the computation that runs; the entry by default.
     """
     begin = module.computations[start or module.entry]
-    yield from _executed(module, weight, begin, Executed(Instruction("", (), "", (), "", ""), begin))
+    yield from _executed(
+        module, weight, begin, Executed(Instruction("", (), "", (), "", ""), begin)
+    )
+
+
+def unknown_loops(module: Module, program: Iterable[Executed]) -> list[str]:
+    """Names of the loops whose number of rounds the text does not tell.
+
+    Args:
+        module: the program is of.
+        program: from `executed`.
+    """
+    return [
+        e.instruction.name
+        for e in program
+        if e.instruction.opcode == "while"
+        and trip_count(module, e.computation, e.instruction) is None
+    ]
 
 
 def _executed(

@@ -2,13 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AxisType, Mesh
 
 from flowrl_jax.config import Config
 from flowrl_jax.errors import InputError
@@ -19,7 +17,7 @@ from flowrl_jax.models.transformer import Transformer
 from flowrl_jax.objectives import objective_of
 from flowrl_jax.optimizer import make_optimizer
 from flowrl_jax.planning.shapes import planned_shape
-from flowrl_jax.sharding import MESH_AXES, Layout, make_layout, mesh_shape, sampling_layout
+from flowrl_jax.sharding import Layout, make_layout, make_mesh, sampling_layout
 from flowrl_jax.train_step import (
     Learner,
     abstract_policy,
@@ -68,7 +66,7 @@ class Program:
         return function.lower(*arguments)
 
 
-def planned_learner(config: Config, devices: list[Any]) -> Learner:
+def planned_learner(config: Config, devices: Sequence[Any]) -> Learner:
     """The learner of a config over devices that need not be there.
 
     Args:
@@ -78,11 +76,9 @@ def planned_learner(config: Config, devices: list[Any]) -> Learner:
     Raises:
         InputError: the mesh or the batch does not divide, or the model's shape is not known.
     """
-    shape = mesh_shape(config.mesh, len(devices))
-    mesh = Mesh(
-        np.array(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
-    )
-    model = planned_shape(config.model, vocab_multiple=np.lcm(64, shape[-1]).item())
+    mesh = make_mesh(config.mesh, devices)
+    cut = max(config.rollout.tensor, 1)
+    model = planned_shape(config.model, vocab_multiple=math.lcm(64, mesh.shape["tensor"], cut))
     if devices[0].platform == "tpu" and model.attention == "xla":
         model = dataclasses.replace(model, attention="splash")
     log_z = getattr(config.loss, "log_z", None)
@@ -102,7 +98,26 @@ def planned_learner(config: Config, devices: list[Any]) -> Learner:
         check_batch(learner, config.rows_per_update)
     except ValueError as error:
         raise InputError(str(error)) from error
+    _check_rollouts(config, learner, hosts=len({device.process_index for device in devices}))
     return learner
+
+
+def _check_rollouts(config: Config, learner: Learner, hosts: int) -> None:
+    rollout = config.rollout
+    shards = math.lcm(
+        learner.layout.batch_shards,
+        sampling_layout(
+            learner.layout, learner.model.config.axis_sizes, rollout.tensor
+        ).batch_shards,
+    )
+    for name in ("prompts_per_step", "prompts_per_batch"):
+        prompts = getattr(rollout, name)
+        if prompts % hosts or prompts * rollout.group_size % shards:
+            raise InputError(
+                f"rollout.{name}={prompts} times rollout.group_size={rollout.group_size} does not"
+                f" divide over {hosts} hosts and the {shards} parts of the batch (data x fsdp):"
+                " choose a multiple"
+            )
 
 
 def programs(config: Config, learner: Learner) -> Iterator[Program]:
@@ -212,7 +227,9 @@ def _score(learner: Learner, arrays: _Arrays, rows: int) -> tuple[Any, tuple[Any
     return score, (abstract_policy(learner), tokens, *masks)
 
 
-def _prefill(learner: Learner, within: Layout, arrays: _Arrays, prompts: int) -> tuple[Any, tuple[Any, ...]]:
+def _prefill(
+    learner: Learner, within: Layout, arrays: _Arrays, prompts: int
+) -> tuple[Any, tuple[Any, ...]]:
     """Every prompt once; weights come from the layout of training into that of sampling."""
     config = learner.model.config
 
@@ -222,9 +239,17 @@ def _prefill(learner: Learner, within: Layout, arrays: _Arrays, prompts: int) ->
             hidden, caches = read_prompts(params, config, tokens, positions, mask)
             return unembed(params, config, hidden[:, -1]), caches
 
-    tokens = arrays.rows(prompts, arrays.width, dtype=jnp.int32)
-    mask = arrays.rows(prompts, arrays.width, dtype=bool)
-    return jax.jit(prefill), (abstract_policy(learner), tokens, mask)
+    # One row of each group: fewer than shards, perhaps, and then every device holds them all.
+    whole = prompts % within.batch_shards > 0
+    sharding = within.replicated if whole else within.batch
+    shape = (prompts, arrays.width)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+    mask = jax.ShapeDtypeStruct(shape, bool, sharding=sharding)
+    rows = None if whole else "batch"
+    cache = within.sharding(rows, "kv_heads", None, "head_dim")
+    outputs = (within.sharding(rows, "vocab"), cache)
+    compiled = jax.jit(prefill, out_shardings=outputs)
+    return compiled, (abstract_policy(learner), tokens, mask)
 
 
 def _decode(learner: Learner, arrays: _Arrays, rows: int) -> tuple[Any, tuple[Any, ...]]:
