@@ -119,6 +119,7 @@ def get_config() -> ml_collections.ConfigDict:
         "data": 1,  # copies of the parameters
         "fsdp": -1,  # shards of parameters and optimiser; -1: all devices that are left
         "tensor": 1,  # shards of heads, mlp and vocabulary
+        "context": 1,  # shards of long rows along their tokens, and of the parameters
     }
     config.checkpoint = {
         "every": 50,  # rollout steps; 0: only at the end

@@ -138,6 +138,12 @@ def assemble(config: Config, workdir: str | os.PathLike[str]) -> Parts:
     tokenizer, eos_ids = _tokenizer(config, Path(workdir))
     shape = _shape(config, tokenizer, layout_mesh.shape["tensor"])
     layout = make_layout(layout_mesh, shape.axis_sizes)
+    layout.check_columns(config.rollout.max_prompt_length + config.rollout.max_response_length)
+    if layout.context_shards > 1 and shape.attention == "cudnn":
+        raise InputError(
+            f"mesh.context={layout.context_shards} with model.attention=cudnn: its kernel wants"
+            " whole rows; set model.attention=xla, or mesh.context=1"
+        )
     return Parts(
         config=config,
         layout=layout,

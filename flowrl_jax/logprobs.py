@@ -13,18 +13,21 @@ import jax.numpy as jnp
 from flowrl_jax.sharding import active_layout, constrain
 
 
-def _chunks(x: jax.Array, size: int) -> jax.Array:
-    """`[B, T, ...]` to `[T / size, B, size, ...]`, padding T with zeros."""
+def _chunks(x: jax.Array, size: int, parts: int) -> jax.Array:
+    """`[B, T, ...]` to `[N, B, C, size, ...]` with T = C x N x size, padding T with zeros.
+
+    Rows that are cut into C parts over devices are cut into chunks within each part.
+    """
     batch, length = x.shape[:2]
-    pad = -length % size
+    pad = -length % (parts * size)
     x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(batch, (length + pad) // size, size, *x.shape[2:]), 1, 0)
+    return jnp.moveaxis(x.reshape(batch, parts, -1, size, *x.shape[2:]), 2, 0)
 
 
 def _unchunk(x: jax.Array, length: int) -> jax.Array:
     """Inverse of `_chunks`."""
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+    x = jnp.moveaxis(x, 0, 2)
+    return x.reshape(x.shape[0], -1, *x.shape[4:])[:, :length]
 
 
 def vocabulary_logits(
@@ -78,7 +81,7 @@ def token_logprobs(
 
 def _forward(hidden, unembedding, targets, temperature, chunk_size, softcap, num_tokens):
     length = hidden.shape[1]
-    size = min(chunk_size, length)
+    cut = _cutting(length, chunk_size)
     weight = _gathered(unembedding)
 
     def chunk(_, inputs):
@@ -91,7 +94,7 @@ def _forward(hidden, unembedding, targets, temperature, chunk_size, softcap, num
         return None, (chosen - normaliser, normaliser)
 
     _, (logprobs, normaliser) = jax.lax.scan(
-        chunk, None, (_chunks(hidden, size), _chunks(targets, size))
+        chunk, None, (_chunks(hidden, *cut), _chunks(targets, *cut))
     )
     residuals = (hidden, unembedding, targets, normaliser)
     return _unchunk(logprobs, length), residuals
@@ -99,10 +102,11 @@ def _forward(hidden, unembedding, targets, temperature, chunk_size, softcap, num
 
 def _backward(temperature, chunk_size, softcap, num_tokens, residuals, cotangent):
     hidden, unembedding, targets, normaliser = residuals
-    batch, length, width = hidden.shape
-    size = min(chunk_size, length)
+    batch, length = hidden.shape[:2]
+    cut = _cutting(length, chunk_size)
     weight = _gathered(unembedding)
     shards = _batch_shards(batch)
+    by_shard = lambda x: x.reshape(shards, -1, *x.shape[1:])  # noqa: E731
 
     def chunk(weight_grad, inputs):
         hidden_chunk, targets_chunk, normaliser_chunk, cotangent_chunk = inputs
@@ -115,30 +119,38 @@ def _backward(temperature, chunk_size, softcap, num_tokens, residuals, cotangent
             slope = 1.0 - (logits / softcap) ** 2
             logits_grad *= jnp.where(jnp.isfinite(slope), slope, 0.0)
         logits_grad = logits_grad.astype(hidden.dtype)
-        hidden_grad = jnp.einsum("btv,dv->btd", logits_grad, weight)
+        hidden_grad = jnp.einsum("bctv,dv->bctd", logits_grad, weight)
         # The sum over chunks is kept in float32: in bfloat16 it would lose the small terms.
         weight_grad += jnp.einsum(
-            "srd,srv->sdv",
-            hidden_chunk.reshape(shards, -1, width),
-            logits_grad.reshape(shards, -1, weight.shape[1]),
+            "sbctd,sbctv->scdv",
+            by_shard(hidden_chunk),
+            by_shard(logits_grad),
             preferred_element_type=jnp.float32,
         )
-        return constrain(weight_grad, "batch", "activation_embed", "vocab"), hidden_grad
+        return constrain(weight_grad, *axes), hidden_grad
 
-    # Every shard of the batch has a sum of its own, so that they are reduced once, not per chunk.
-    zeros = jnp.zeros((shards, *unembedding.shape), jnp.float32)
+    # Every part of the batch has a sum of its own, so that they are reduced once, not per chunk.
+    axes = ("batch", "seq", "activation_embed", "vocab")
+    zeros = jnp.zeros((shards, cut[1], *unembedding.shape), jnp.float32)
     weight_grad, hidden_grad = jax.lax.scan(
         chunk,
-        constrain(zeros, "batch", "activation_embed", "vocab"),
-        (_chunks(hidden, size), _chunks(targets, size), normaliser, _chunks(cotangent, size)),
+        constrain(zeros, *axes),
+        (_chunks(hidden, *cut), _chunks(targets, *cut), normaliser, _chunks(cotangent, *cut)),
     )
-    weight_grad = weight_grad.sum(axis=0).astype(unembedding.dtype)
+    weight_grad = weight_grad.sum(axis=(0, 1)).astype(unembedding.dtype)
     return _unchunk(hidden_grad, length), weight_grad, None
 
 
 def _gathered(unembedding: jax.Array) -> jax.Array:
     """Cut over the vocabulary alone: gathered once, before the loop over chunks."""
     return constrain(unembedding, "activation_embed", "vocab")
+
+
+def _cutting(length: int, chunk_size: int) -> tuple[int, int]:
+    """Size of chunks, and parts that a row is cut into over devices."""
+    layout = active_layout()
+    parts = 1 if layout is None else layout.context_shards
+    return min(chunk_size, -(-length // parts)), parts
 
 
 def _batch_shards(batch: int) -> int:

@@ -1,7 +1,8 @@
 """Where arrays live: a mesh, and one table from the model's axes to the mesh's.
 
 The model names its axes (`embed`, `heads`, ...); a layout says which mesh axes each of them is
-cut over. Meshes have the axes `data`, `fsdp` and `tensor`; on one device all of them are 1.
+cut over. Meshes have the axes `data`, `fsdp`, `context` and `tensor`; on one device all of them are
+1. Several TPU slices are told apart by `data`: what crosses between them is one gradient a step.
 """
 
 import contextlib
@@ -18,10 +19,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flowrl_jax.errors import InputError
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "context", "tensor")
 
 # Parameters are cut over fsdp along the embedding and over tensor along heads, mlp or vocabulary;
 # activations are cut over data and fsdp along the batch.
+# Where rows are cut over context as well, `make_layout` changes what `CONTEXT_RULES` names.
 RULES: tuple[tuple[str, Any], ...] = (
     ("batch", ("data", "fsdp")),
     ("seq", None),
@@ -36,6 +38,7 @@ RULES: tuple[tuple[str, Any], ...] = (
     ("norm", None),
     ("lora", None),
 )
+CONTEXT_RULES = {"seq": "context", "embed": ("fsdp", "context")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,20 +49,23 @@ class MeshConfig:
         data: copies of the parameters, each seeing its own rows.
         fsdp: shards of the parameters and the optimiser's state, each seeing its own rows.
         tensor: shards of heads, mlp and vocabulary.
+        context: shards of rows along their tokens, for rows that are too long for one device;
+            shards of the parameters as well.
     """
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+    context: int = 1
 
 
 def mesh_shape(config: MeshConfig, count: int) -> tuple[int, ...]:
-    """Sizes of the mesh's axes over a number of devices.
+    """Sizes of the mesh's axes, in the order of `MESH_AXES`, over a number of devices.
 
     Raises:
         InputError: if the sizes do not multiply to the number of devices.
     """
-    shape = [config.data, config.fsdp, config.tensor]
+    shape = [getattr(config, axis) for axis in MESH_AXES]
     known = int(np.prod([size for size in shape if size != -1]))
     if shape.count(-1) > 1 or any(size == 0 or size < -1 for size in shape):
         raise InputError(
@@ -70,29 +76,54 @@ def mesh_shape(config: MeshConfig, count: int) -> tuple[int, ...]:
         shape[shape.index(-1)] = count // known
     if int(np.prod(shape)) != count:
         raise InputError(
-            f"mesh data x fsdp x tensor = {' x '.join(map(str, shape))} does not fit"
+            f"mesh {' x '.join(MESH_AXES)} = {' x '.join(map(str, shape))} does not fit"
             f" {count} devices: choose sizes whose product is {count}"
         )
     return tuple(shape)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Arranges devices as `config` says.
+    """Arranges devices as `config` says, slice by slice and host by host.
+
+    The devices of a host are neighbours along the last axes, so that the rows a host holds are
+    adjacent. Several slices of TPUs lie along `data`, whose traffic their slower network can bear.
 
     Args:
         config: sizes of the axes.
         devices: all devices by default.
 
     Raises:
-        InputError: if the sizes do not multiply to the number of devices.
+        InputError: if the sizes do not multiply to the number of devices, or the slices cannot lie
+            along `data`.
     """
-    devices = jax.devices() if devices is None else devices
-    return _mesh(devices, mesh_shape(config, len(devices)))
+    if devices is None:
+        # Each process then holds rows that follow one another.
+        devices = sorted(jax.devices(), key=lambda device: device.process_index)
+    shape = mesh_shape(config, len(devices))
+    slices = {_slice(device) for device in devices}
+    if shape[0] % len(slices):
+        raise InputError(
+            f"mesh.data={shape[0]} is not a multiple of the {len(slices)} slices, which hold copies"
+            f" of the policy each: set mesh.data={len(slices)}, or another multiple"
+        )
+    if len(slices) > 1:
+        devices = sorted(devices, key=lambda d: (_slice(d), d.process_index, d.id))
+    return _mesh(devices, shape)
+
+
+def _slice(device: Any) -> int:
+    """Which of several TPU slices, joined by their hosts' network, a device is in."""
+    return getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
 
 
 def _mesh(devices: Any, shape: tuple[int, ...]) -> Mesh:
     kinds = (AxisType.Auto,) * len(MESH_AXES)
     return Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=kinds)
+
+
+def _axes(rule: Any) -> tuple[str, ...]:
+    """The mesh axes that a rule names."""
+    return () if rule is None else (rule,) if isinstance(rule, str) else tuple(rule)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +141,31 @@ class Layout:
     @property
     def batch_shards(self) -> int:
         """Number of parts that the rows of a batch are cut into."""
-        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return self.shards("batch")
+
+    def check_columns(self, columns: int) -> None:
+        """Refuses rows that do not divide.
+
+        Args:
+            columns: tokens of a row, padding among them.
+
+        Raises:
+            InputError: with the size, the rule and the remedy.
+        """
+        if columns % self.context_shards:
+            raise InputError(
+                f"rows of {columns} tokens (rollout.max_prompt_length + max_response_length) do not"
+                f" divide over mesh.context={self.context_shards}: choose a multiple of it"
+            )
+
+    @property
+    def context_shards(self) -> int:
+        """Number of parts that a row is cut into along its tokens."""
+        return self.shards("seq")
+
+    def shards(self, axis: str) -> int:
+        """Number of parts that an axis of the model is cut into."""
+        return math.prod(self.mesh.shape[name] for name in _axes(dict(self.rules)[axis]))
 
     def sharding(self, *axes: str | None) -> NamedSharding:
         """The sharding of an array whose axes have these names."""
@@ -169,14 +224,18 @@ def make_layout(mesh: Mesh, sizes: dict[str, int]) -> Layout:
         InputError: if a size does not divide over its mesh axis.
     """
     rules = dict(RULES)
+    if mesh.shape.get("context", 1) > 1:
+        rules |= CONTEXT_RULES
     for axis, size in sizes.items():
-        shards = 1 if rules[axis] is None else mesh.shape[rules[axis]]
+        over = _axes(rules[axis])
+        shards = math.prod(mesh.shape[name] for name in over)
         if size % shards == 0:
             continue
         if axis != "kv_heads":
             raise InputError(
-                f"the model's {axis} axis of {size} does not divide over mesh.{rules[axis]}="
-                f"{shards}: choose a divisor of {size}"
+                f"the model's {axis} axis of {size} does not divide over"
+                f" {' x '.join(f'mesh.{name}' for name in over)}={shards}: choose a divisor of"
+                f" {size}"
             )
         rules[axis] = None
     return Layout(mesh, tuple(rules.items()))
@@ -189,7 +248,8 @@ def sampling_layout(layout: Layout, sizes: dict[str, int], tensor: int) -> Layou
         layout: of training.
         sizes: of the model's axes that may be cut, as in `make_layout`.
         tensor: parts that heads, mlp and vocabulary are cut into, whole copies of which share the
-            rows; 0 samples in the layout of training, -1 takes as many parts as divide these
+            rows; 0 keeps the layout of training or, where that cuts rows along their tokens, its
+            `tensor`; -1 takes as many parts as divide these
             and the devices.
 
     Returns:
@@ -199,8 +259,9 @@ def sampling_layout(layout: Layout, sizes: dict[str, int], tensor: int) -> Layou
         InputError: the devices or the model's axes do not divide.
     """
     devices = layout.mesh.devices.reshape(-1)
-    if tensor == 0:
+    if tensor == 0 and layout.context_shards == 1:
         return layout
+    tensor = tensor or layout.mesh.shape["tensor"]
     if tensor == -1:
         cut = [size for axis, size in sizes.items() if dict(RULES)[axis] == "tensor"]
         tensor = math.gcd(devices.size, *cut)
@@ -208,7 +269,7 @@ def sampling_layout(layout: Layout, sizes: dict[str, int], tensor: int) -> Layou
         raise InputError(
             f"rollout.tensor={tensor} does not divide the {devices.size} devices: choose a divisor"
         )
-    return make_layout(_mesh(devices, (devices.size // tensor, 1, tensor)), sizes)
+    return make_layout(_mesh(devices, (devices.size // tensor, 1, 1, tensor)), sizes)
 
 
 def local_rows(x: jax.Array) -> np.ndarray:

@@ -3,10 +3,12 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from flowrl_jax.errors import InputError
+from flowrl_jax.models.attention import Columns, attend
 from flowrl_jax.objectives.flowrl import FlowRLConfig
 from flowrl_jax.objectives.log_z import LogZConfig
 from flowrl_jax.optimizer import OptimizerConfig, make_optimizer
@@ -18,9 +20,11 @@ BATCH = train_batch(MESH_CONFIG, 16, 2)
 OBJECTIVE = FlowRLConfig(beta=2.0, log_z=LogZConfig(dropout=0.3))
 KEY = jax.random.key(5)
 
-# (data, fsdp, tensor)
+# (data, fsdp, tensor, context)
 MESHES = [
     (1, 2, 4),
+    (1, 2, 2, 2),
+    pytest.param((2, 1, 1, 4), marks=pytest.mark.slow),
     pytest.param((1, 8, 1), marks=pytest.mark.slow),
     pytest.param((1, 1, 8), marks=pytest.mark.slow),
     pytest.param((2, 2, 2), marks=pytest.mark.slow),
@@ -75,15 +79,73 @@ def assert_same(ours, other):
         )
 
 
-@pytest.mark.parametrize("mesh", MESHES[:1], ids=name)
+@pytest.mark.parametrize("kernel", ["xla", "splash"])
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_attention_over_devices(kernel, kv_heads):
+    """Heads over two devices or held whole, rows over two, their tokens over two."""
+    rng = np.random.default_rng(0)
+    draw = lambda heads: rng.normal(0, 1, (4, heads, 22, 6)).astype(np.float32)  # noqa: E731
+    query, key, value = draw(8), draw(kv_heads), draw(kv_heads)
+    real = (np.arange(22) >= 3) & (np.arange(22) < [[18], [22], [9], [5]])
+
+    def run(query, key, value):
+        columns = Columns(jnp.asarray(real))
+        out = attend(query, key, value, columns, scale=0.4, window=9, implementation=kernel)
+        return jnp.where(real[:, None, :, None], out, 0.0)
+
+    def with_grads(*arrays):
+        out, pull = jax.vjp(run, *arrays)
+        return out, pull(jnp.cos(out))
+
+    expected = jax.jit(with_grads)(query, key, value)
+    layout = make_layout(make_mesh(MeshConfig(1, 2, 2, 2)), {"kv_heads": 2 if kv_heads == 4 else 1})
+
+    def sharded(*arrays):
+        with layout.activate():
+            return with_grads(*arrays)
+
+    found = jax.jit(sharded)(query, key, value)
+    # Float32 sums of 9 terms of size 1, in blocks of other sizes.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+
+
+@pytest.mark.parametrize("mesh", MESHES[:2], ids=name)
 def test_logprobs_do_not_depend_on_the_mesh(mesh):
     arrays = BATCH.tokens, BATCH.prompt_mask, BATCH.response_mask
     scores = []
     for shape in ((1, 1, 1), mesh):
         learner = make_learner(MESH_CONFIG, OBJECTIVE, mesh=shape)
+        layout = make_layout(learner.layout.mesh, {})
+        learner = dataclasses.replace(learner, layout=layout)
         params = make_state(learner).params["policy"]
         scores.append(make_score(learner)(params, *learner.layout.put_batch(arrays)))
     np.testing.assert_allclose(*map(np.asarray, scores), rtol=1e-5, atol=1e-5)
+
+
+class Chip:
+    """What a mesh needs to know of a device of several slices."""
+
+    platform = "tpu"
+
+    def __init__(self, id, slice_index, process_index):
+        self.id, self.slice_index, self.process_index = id, slice_index, process_index
+
+
+def test_slices_lie_along_data():
+    """Whatever order the processes of the slices came in."""
+    chips = [Chip(i, i % 2, i // 2) for i in range(8)]
+    with pytest.raises(InputError, match=r"mesh\.data=1 is not a multiple of the 2 slices"):
+        make_mesh(MeshConfig(1, 8, 1), chips)
+    mesh = make_mesh(MeshConfig(2, 2, 2), chips)
+    assert [[c.slice_index for c in part.flat] for part in mesh.devices] == [[0] * 4, [1] * 4]
+
+
+def test_rows_must_divide_over_context():
+    layout = make_layout(make_mesh(MeshConfig(1, 2, 1, 4)), MESH_CONFIG.axis_sizes)
+    assert layout.context_shards == 4 and layout.shards("embed") == 8
+    layout.check_columns(12)
+    with pytest.raises(InputError, match=r"rows of 13 tokens .* mesh\.context=4"):
+        layout.check_columns(13)
 
 
 def test_a_state_is_made_in_pieces():
@@ -109,10 +171,10 @@ def test_a_state_is_made_in_pieces():
 
 def test_mesh_takes_the_devices_that_are_left():
     mesh = make_mesh(MeshConfig(data=2, fsdp=-1, tensor=2))
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
     assert Layout(mesh).batch_shards == 4
     assert dict(make_mesh(MeshConfig(), jax.devices()[:1]).shape) == dict.fromkeys(
-        ("data", "fsdp", "tensor"), 1
+        ("data", "fsdp", "context", "tensor"), 1
     )
 
 

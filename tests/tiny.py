@@ -146,13 +146,13 @@ def make_learner(
     config: TransformerConfig,
     objective: Any,
     *,
-    mesh: tuple[int, int, int] = (1, 1, 1),
+    mesh: tuple[int, ...] = (1, 1, 1),
     optimizer: optax.GradientTransformation | None = None,
     micro_batch_size: int = 0,
     group_size: int = 2,
     temperature: float = 0.9,
 ) -> Learner:
-    """A learner over the first devices that a (data, fsdp, tensor) mesh asks for."""
+    """A learner over the first devices that a (data, fsdp, tensor, context) mesh asks for."""
     devices = jax.devices()[: int(np.prod(mesh))]
     return Learner(
         model=Transformer(config),

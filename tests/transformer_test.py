@@ -13,7 +13,7 @@ from jax.extend.core import jaxprs_in_params
 
 from flowrl_jax.masking import positions_from_mask
 from flowrl_jax.models import attention
-from flowrl_jax.models.attention import Columns, attend, visible
+from flowrl_jax.models.attention import Columns, attend, flash, visible
 from flowrl_jax.models.decode import (
     decode_params,
     forward_cached,
@@ -341,8 +341,8 @@ def reference_attention(query, key, value, real, scale, window, softcap):
     return out
 
 
-KERNELS = [("xla", 0, 0.0), ("xla", 5, 0.0), ("xla", 0, 1.5), ("splash", 0, 0.0),
-           ("splash", 5, 0.0), ("splash", 7, 1.5)]  # fmt: skip
+KERNELS = [("xla", 0, 0.0), ("xla", 5, 0.0), ("xla", 0, 1.5), ("flash", 0, 0.0), ("flash", 5, 0.0),
+           ("splash", 0, 0.0), ("splash", 5, 0.0), ("splash", 7, 1.5)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("kernel", "window", "softcap"), KERNELS)
@@ -355,6 +355,11 @@ def test_attention_kernels(kernel, window, softcap, monkeypatch):
     real = (np.arange(21) >= [[4], [0]]) & (np.arange(21) < [[18], [21]])
 
     def run(query, key, value):
+        if kernel == "flash":  # cuDNN's, whose stand-in on CPUs takes the same arguments
+            out = flash(
+                query, key, value, jnp.asarray(real), scale=0.4, window=window, implementation="xla"
+            )
+            return jnp.where(real[:, None, :, None], out, 0.0)
         out = attend(
             query, key, value, Columns(jnp.asarray(real)), scale=0.4, window=window,
             softcap=softcap, implementation=kernel,

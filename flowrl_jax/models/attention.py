@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 
-from flowrl_jax.sharding import active_layout
+from flowrl_jax.sharding import Layout, active_layout
 
 # Large and finite: a row that may attend to nothing (padding) gets the mean of its values rather
 # than NaN, and nothing reads it.
@@ -67,9 +67,23 @@ def attend(
     if implementation == "splash":
         return _splash(query, key, value, columns.real, scale, window, softcap)
     if implementation == "cudnn":
-        return _cudnn(query, key, value, columns, scale, window)
-    length = query.shape[2]
+        return flash(query, key, value, columns.real, scale=scale, window=window)
     dense = functools.partial(_dense, scale=scale, window=window, softcap=softcap)
+    local = functools.partial(_chunked, dense)
+    layout = active_layout()
+    if layout is None or layout.context_shards == 1 or query.shape[2] == 1:
+        return local(query, key, value, columns)
+
+    def own_queries(query, key, value, real):
+        first = columns.first + jax.lax.axis_index("context") * query.shape[2]
+        return local(query, key, value, Columns(real, first))
+
+    return _on_devices(own_queries, layout, query, key, value, rows=(columns.real,), cut=(False,))
+
+
+def _chunked(dense: Any, query: jax.Array, key: jax.Array, value: jax.Array, columns: Columns):
+    """Some queries after the other, where they are many."""
+    length = query.shape[2]
     if length <= CHUNK:
         return dense(query, key, value, columns)
 
@@ -140,17 +154,90 @@ def _capped(scores: jax.Array, softcap: float) -> jax.Array:
     return softcap * jnp.tanh(scores / softcap) if softcap else scores
 
 
-def _cudnn(query, key, value, columns: Columns, scale: float, window: int) -> jax.Array:
-    swap = lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731
+def flash(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    real: jax.Array,
+    *,
+    scale: float,
+    window: int = 0,
+    implementation: Any = "cudnn",
+) -> jax.Array:
+    """Attention of rows to themselves with the kernel that `jax.nn` has for a platform.
+
+    The kernel knows rows that begin with their tokens and end with padding, and needs no mask for
+    them. So rows are turned until their first token is in front, and turned back.
+
+    Args:
+        query, key, value, scale, window: as in `attend`, with T = S.
+        real: `[B, T]` bool; the real tokens of a row are adjacent.
+        implementation: of `jax.nn.dot_product_attention`.
+
+    Returns:
+        As `attend`.
+    """
+    first = jnp.argmax(real, axis=1)
+    count = jnp.maximum(real.sum(axis=1, dtype=jnp.int32), 1)  # a row may be all padding
+    turned = [_turn(jnp.swapaxes(x, 1, 2), first) for x in (query, key, value)]
     out = jax.nn.dot_product_attention(
-        swap(query),
-        swap(key),
-        swap(value),
-        mask=visible(columns, query.shape[2], window)[:, None],
+        *turned,
         scale=scale,
-        implementation="cudnn",
+        is_causal=True,
+        query_seq_lengths=count,
+        key_value_seq_lengths=count,
+        local_window_size=(window - 1, 0) if window else None,
+        implementation=implementation,
     )
-    return swap(out)
+    return jnp.swapaxes(_turn(out, -first), 1, 2)
+
+
+def _turn(x: jax.Array, by: jax.Array) -> jax.Array:
+    """Rows `[B, T, ...]` turned to the left, each by its own number of places."""
+    length = x.shape[1]
+    places = (jnp.arange(length) + by[:, None]) % length
+    return jnp.take_along_axis(x, places[:, :, None, None], axis=1)
+
+
+def _on_devices(
+    local: Any,
+    layout: Layout,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    rows: tuple[jax.Array, ...],
+    cut: tuple[bool, ...],
+    kernel: tuple[Any, ...] = (),
+    kernel_specs: tuple[Any, ...] = (),
+) -> jax.Array:
+    """Runs attention on every device for its own rows, heads and queries.
+
+    Args:
+        local: what a device does, of the arrays that follow.
+        layout: of the devices.
+        query, key, value: as in `attend`; every device gets the keys of all columns.
+        rows: arrays `[B, S]`.
+        cut: for each of them whether it is cut as the queries are.
+        kernel: what else `local` is given, before the rest.
+        kernel_specs: how that is cut.
+    """
+    of = lambda *axes: layout.sharding(*axes).spec  # noqa: E731
+    query_spec = of("batch", "heads", "seq", "head_dim")
+    kv_spec = of("batch", "kv_heads", None, "head_dim")
+    if kv_spec[1] != query_spec[1]:
+        # Fewer key heads than shards: each shard's query heads get key heads of their own.
+        key, value = (jnp.repeat(x, query.shape[1] // x.shape[1], axis=1) for x in (key, value))
+        kv_spec = PartitionSpec(kv_spec[0], query_spec[1], None, None)
+    row_specs = tuple(of("batch", "seq" if own else None) for own in cut)
+    run = jax.shard_map(
+        local,
+        mesh=layout.mesh,
+        in_specs=(*kernel_specs, query_spec, kv_spec, kv_spec, *row_specs),
+        out_specs=query_spec,
+        check_vma=False,
+    )
+    return run(*kernel, query, key, value, *rows)
 
 
 def _splash(
@@ -162,43 +249,50 @@ def _splash(
     window: int,
     softcap: float,
 ) -> jax.Array:
-    """JAX's Pallas kernel, on every device for its own rows and heads."""
+    """JAX's Pallas kernel, on every device for its own rows, heads and queries."""
+    layout = active_layout()
+    if layout is not None and layout.mesh.size == 1:
+        layout = None
     heads, length, head_dim = query.shape[1:]
-    pad = ((0, 0), (0, 0), (0, -length % _LANES), (0, -head_dim % _LANES))
+    parts = 1 if layout is None else layout.context_shards
+    pad = ((0, 0), (0, 0), (0, -length % (_LANES * parts)), (0, -head_dim % _LANES))
     # The kernel has no scale of its own; zeros at the end of heads add nothing to scores.
-    arrays = [jnp.pad(x, pad) for x in (query * jnp.asarray(scale, query.dtype), key, value)]
+    scaled = query * jnp.asarray(scale, query.dtype)
+    query, key, value = (jnp.pad(x, pad) for x in (scaled, key, value))
     segments = jnp.pad(real, ((0, 0), pad[2])).astype(jnp.int32)
 
-    def local(query, key, value, segments):
-        kernel: Any = _splash_kernel(query.shape[1], query.shape[2], window, softcap)
-        rows = jax.vmap(lambda q, k, v, s: kernel(q, k, v, splash.SegmentIds(s, s)))
-        return rows(query, key, value, segments)
+    def local(kernel, query, key, value, own, other):
+        rows = jax.vmap(lambda q, k, v, *ids: kernel(q, k, v, splash.SegmentIds(*ids)))
+        return rows(query, key, value, own, other)
 
-    layout = active_layout()
-    if layout is not None and layout.mesh.size > 1:
-        of = lambda *axes: layout.sharding(*axes).spec  # noqa: E731
-        query_spec = of("batch", "heads", "seq", "head_dim")
-        kv_spec = of("batch", "kv_heads", "seq", "head_dim")
-        if kv_spec[1] != query_spec[1]:
-            # Fewer key heads than shards: each shard's query heads get key heads of their own.
-            arrays[1:] = (jnp.repeat(x, heads // x.shape[1], axis=1) for x in arrays[1:])
-            kv_spec = query_spec
-        local = jax.shard_map(
+    padded = length + pad[2][1]
+    if layout is None:
+        kernel = _splash_kernel(heads, padded, window, softcap)
+        out = local(kernel, query, key, value, segments, segments)
+    else:
+        cut = layout.sharding("heads", "seq")
+        kernel = _splash_kernel(heads, padded, window, softcap, layout.shards("heads"), parts)
+        out = _on_devices(
             local,
-            mesh=layout.mesh,
-            in_specs=(query_spec, kv_spec, kv_spec, PartitionSpec(query_spec[0], None)),
-            out_specs=query_spec,
-            check_vma=False,
+            layout,
+            query,
+            key,
+            value,
+            rows=(segments, segments),
+            cut=(True, False),
+            kernel=(kernel,),
+            kernel_specs=(kernel.manual_sharding_spec(cut),),
         )
-    query, key, value = arrays
-    return local(query, key, value, segments)[:, :, :length, :head_dim]
+    return out[:, :, :length, :head_dim]
 
 
-def _splash_kernel(heads: int, length: int, window: int, softcap: float):
+def _splash_kernel(
+    heads: int, length: int, window: int, softcap: float, head_parts: int = 1, parts: int = 1
+) -> Any:
     """The kernel for one row; its tables of blocks are made by numpy while tracing."""
     shape = (length, length)
     mask = splash.LocalMask(shape, (window - 1, 0), 0) if window else splash.CausalMask(shape)
-    block = next(size for size in (_BLOCK, 384, 256, _LANES) if length % size == 0)
+    block = next(size for size in (_BLOCK, 384, 256, _LANES) if length // parts % size == 0)
     sizes = splash.BlockSizes(
         block_q=block,
         block_kv=block,
@@ -212,8 +306,8 @@ def _splash_kernel(heads: int, length: int, window: int, softcap: float):
     return splash.make_splash_mha(
         splash.MultiHeadMask([mask] * heads),
         block_sizes=sizes,
-        head_shards=1,
-        q_seq_shards=1,
+        head_shards=head_parts,
+        q_seq_shards=parts,
         mask_value=float(np.finfo(np.float32).min) / 2,
         attn_logits_soft_cap=softcap or None,
         interpret=_interpreted(),

@@ -83,8 +83,10 @@ def read_prompts(
             (windowed,) = view.rotations
         return Block(config).apply({"params": params}, x, view, windowed)
 
-    x, (keys, values) = jax.lax.scan(layer, x, (params["layers"], jnp.array(config.windows)))
+    stacked: Any
+    x, stacked = jax.lax.scan(layer, x, (params["layers"], jnp.array(config.windows)))
     hidden: Any = RMSNorm(config).apply({"params": params["final_norm"]}, x)
+    keys, values = stacked
     return hidden, tuple((keys[i], values[i]) for i in range(config.num_layers))
 
 
