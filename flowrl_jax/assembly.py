@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from flowrl_jax.checkpoint import restore_policy, saved_steps
 from flowrl_jax.config import DTYPES, Config
@@ -137,13 +138,7 @@ def assemble(config: Config, workdir: str | os.PathLike[str]) -> Parts:
     layout_mesh = make_mesh(config.mesh)
     tokenizer, eos_ids = _tokenizer(config, Path(workdir))
     shape = _shape(config, tokenizer, layout_mesh.shape["tensor"])
-    layout = make_layout(layout_mesh, shape.axis_sizes)
-    layout.check_columns(config.rollout.max_prompt_length + config.rollout.max_response_length)
-    if layout.context_shards > 1 and shape.attention == "cudnn":
-        raise InputError(
-            f"mesh.context={layout.context_shards} with model.attention=cudnn: its kernel wants"
-            " whole rows; set model.attention=xla, or mesh.context=1"
-        )
+    layout = layout_of(config, layout_mesh, shape)
     return Parts(
         config=config,
         layout=layout,
@@ -154,6 +149,29 @@ def assemble(config: Config, workdir: str | os.PathLike[str]) -> Parts:
         model=Transformer(shape),
         chat=_chat(config, tokenizer),
     )
+
+
+def layout_of(config: Config, mesh: Mesh, shape: TransformerConfig) -> Layout:
+    """Where a run's arrays live while it trains.
+
+    Args:
+        config: the settings.
+        mesh: of the devices.
+        shape: of the policy.
+
+    Raises:
+        InputError: the model or the rows do not divide.
+    """
+    layout = make_layout(
+        mesh, shape.axis_sizes, optimizer_over_data=config.mesh.optimizer_over_data
+    )
+    layout.check_columns(config.rollout.max_prompt_length + config.rollout.max_response_length)
+    if layout.context_shards > 1 and shape.attention == "cudnn":
+        raise InputError(
+            f"mesh.context={layout.context_shards} with model.attention=cudnn: its kernel wants"
+            " whole rows; set model.attention=xla, or mesh.context=1"
+        )
+    return layout
 
 
 def make_learner(

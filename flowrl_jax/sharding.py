@@ -51,12 +51,15 @@ class MeshConfig:
         tensor: shards of heads, mlp and vocabulary.
         context: shards of rows along their tokens, for rows that are too long for one device;
             shards of the parameters as well.
+        optimizer_over_data: whether the optimiser's state is cut over `data` too, instead of one
+            whole copy for each of the parameters'.
     """
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
     context: int = 1
+    optimizer_over_data: bool = False
 
 
 def mesh_shape(config: MeshConfig, count: int) -> tuple[int, ...]:
@@ -133,10 +136,12 @@ class Layout:
     Attributes:
         mesh: the devices.
         rules: pairs of a model axis and a mesh axis, several mesh axes or None.
+        optimizer_over_data: see `MeshConfig`.
     """
 
     mesh: Mesh
     rules: tuple[tuple[str, Any], ...] = RULES
+    optimizer_over_data: bool = False
 
     @property
     def batch_shards(self) -> int:
@@ -189,6 +194,13 @@ class Layout:
         """
         return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), self.mesh, self.rules)
 
+    def optimizer_shardings(self, boxed: Any) -> Any:
+        """Shardings of an optimiser's state whose leaves are boxed with their axis names."""
+        rules = dict(self.rules)
+        if self.optimizer_over_data:
+            rules["embed"] = (*_axes(rules["embed"]), "data")
+        return Layout(self.mesh, tuple(rules.items())).tree_shardings(boxed)
+
     @contextlib.contextmanager
     def activate(self):
         """Makes the model's activation constraints refer to this layout while tracing."""
@@ -209,12 +221,13 @@ class Layout:
 _ACTIVE: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
 
 
-def make_layout(mesh: Mesh, sizes: dict[str, int]) -> Layout:
+def make_layout(mesh: Mesh, sizes: dict[str, int], *, optimizer_over_data: bool = False) -> Layout:
     """The layout of a model over a mesh.
 
     Args:
         mesh: from `make_mesh`.
         sizes: of the model's axes that may be cut, e.g. `{"mlp": 512}`.
+        optimizer_over_data: see `MeshConfig`.
 
     Returns:
         The layout. Key and value heads that are fewer than the tensor axis are held whole by every
@@ -238,7 +251,14 @@ def make_layout(mesh: Mesh, sizes: dict[str, int]) -> Layout:
                 f" {size}"
             )
         rules[axis] = None
-    return Layout(mesh, tuple(rules.items()))
+    layout = Layout(mesh, tuple(rules.items()), optimizer_over_data)
+    parts = layout.shards("embed") * mesh.shape["data"]
+    if optimizer_over_data and sizes.get("embed", 0) % parts:
+        raise InputError(
+            f"mesh.optimizer_over_data: the model's width of {sizes['embed']} does not divide over"
+            f" {parts} parts (data x the shards of parameters): set it to False"
+        )
+    return layout
 
 
 def sampling_layout(layout: Layout, sizes: dict[str, int], tensor: int) -> Layout:

@@ -21,6 +21,7 @@ from flowrl_jax.sharding import Layout
 from flowrl_jax.types import TrainBatch, TrainState
 
 Metrics = dict[str, jax.Array]
+Sums = tuple[jax.Array, jax.Array, Any]  # the loss' numerator, its denominator, its gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +32,20 @@ class TrainStepConfig:
         micro_batch_size: responses whose activations are held at one time, over all devices; 0
             means all, -1 one for each part that the mesh cuts the batch into.
         logprob_chunk: tokens of a response whose logits are held at one time.
+        length_buckets: lengths that responses are cut to, see `buckets`; the longest that may be
+            sampled is always one more.
     """
 
     micro_batch_size: int = 0
     logprob_chunk: int = 256
+    length_buckets: tuple[int, ...] = ()
 
     def __post_init__(self):
+        if [*self.length_buckets] != sorted({n for n in self.length_buckets if n > 0}):
+            raise ValueError(
+                f"train.length_buckets={self.length_buckets} must be lengths from 1 token on, each"
+                " greater than the one before it"
+            )
         if self.micro_batch_size < -1 or self.logprob_chunk < 1:
             raise ValueError(
                 f"train.micro_batch_size={self.micro_batch_size} must be a number of responses, 0"
@@ -71,13 +80,18 @@ class Learner:
         """How log Z is obtained; None for objectives without one."""
         return getattr(self.objective, "log_z", None)
 
+    @property
+    def unit(self) -> int:
+        """Responses that a micro-batch may not part: a group where log Z is the group's mean."""
+        return self.group_size if self.log_z is not None and self.log_z.kind == "group" else 1
+
     def micro_batch(self, rows: int) -> int:
         """Responses, out of `rows`, whose activations are held at one time, over all devices."""
         size = self.config.micro_batch_size
         return self.layout.batch_shards if size == -1 else size or rows
 
 
-def _response_logprobs(
+def response_logprobs(
     learner: Learner, params: Any, tokens, prompt_mask, response_mask, gradients: Any = None
 ):
     """Log-probabilities `[B, T]` of the responses, and the prompts' hidden states `[B, P, D]`."""
@@ -115,9 +129,9 @@ def _log_z(learner: Learner, params, hidden, batch: TrainBatch, target, key) -> 
 
 
 def _loss_sums(params, batch: TrainBatch, key, learner: Learner, base: Any, gradients: Any = None):
-    """Numerator of the loss over some rows; denominator, metrics and log Z targets beside it."""
+    """Numerator of the loss over some rows; beside it the denominator, and what is seen of them."""
     policy = with_adapters(base, params["policy"])
-    logprobs, hidden = _response_logprobs(
+    logprobs, hidden = response_logprobs(
         learner, policy, batch.tokens, batch.prompt_mask, batch.response_mask, gradients
     )
     mask = batch.response_mask
@@ -140,7 +154,7 @@ def _loss_sums(params, batch: TrainBatch, key, learner: Learner, base: Any, grad
         metrics["log_z"] = jnp.mean(log_z)
         metrics["log_z_target"] = jnp.mean(target)
     metrics = jax.lax.stop_gradient(metrics)
-    return jnp.sum(loss), (jnp.sum(weight), metrics, target)
+    return jnp.sum(loss), (jnp.sum(weight), (metrics, batch.prompt_id, target))
 
 
 def _split_rows(batch: TrainBatch, learner: Learner) -> TrainBatch:
@@ -151,18 +165,13 @@ def _split_rows(batch: TrainBatch, learner: Learner) -> TrainBatch:
     """
     rows = batch.reward.shape[0]
     size = learner.micro_batch(rows)
-    unit = learner.group_size if _needs_whole_groups(learner) else 1
     count = rows // size
 
     def split(x):
-        x = x.reshape(size // unit, count, unit, *x.shape[1:])
+        x = x.reshape(size // learner.unit, count, learner.unit, *x.shape[1:])
         return jnp.moveaxis(x, 1, 0).reshape(count, size, *x.shape[3:])
 
     return jax.tree.map(split, batch)
-
-
-def _needs_whole_groups(learner: Learner) -> bool:
-    return learner.log_z is not None and learner.log_z.kind == "group"
 
 
 def check_batch(learner: Learner, rows: int) -> None:
@@ -187,7 +196,7 @@ def check_batch(learner: Learner, rows: int) -> None:
             f"{size} responses of a micro-batch do not divide over the mesh's {shards} batch"
             " shards (data x fsdp): choose a multiple"
         )
-    if _needs_whole_groups(learner) and size % learner.group_size:
+    if size % learner.unit:
         raise ValueError(
             f"train.micro_batch_size={size} cuts groups of {learner.group_size}, but"
             " loss.log_z.kind='group' needs them whole: choose a multiple of the group size"
@@ -200,43 +209,101 @@ def _adds_in_place(learner: Learner) -> bool:
     return config.remat == "full" and not config.lora.rank
 
 
-def _combine(metrics: Metrics) -> Metrics:
-    """Metrics of all micro-batches from those of each: maxima of maxima, means of means."""
-    return {
-        name: jnp.max(value) if name.endswith("_max") else jnp.mean(value)
-        for name, value in metrics.items()
-    }
+def zero_sums(params: Any) -> Sums:
+    """Sums over no rows, for `add_rows`."""
+    return jax.tree.map(jnp.zeros_like, (jnp.float32(0), jnp.float32(0), params))
 
 
-def _gradients(learner: Learner, params: Any, batch: TrainBatch, key: jax.Array, base: Any):
-    """Gradient of the batch's mean loss, its metrics and the log Z targets with their prompts."""
-    micro_batches = _split_rows(batch, learner)
-    value_and_grad = jax.value_and_grad(_loss_sums, has_aux=True)
+def add_rows(
+    learner: Learner, params: Any, rows: TrainBatch, key: jax.Array, base: Any, sums: Sums | None
+) -> tuple[Sums, Any]:
+    """Adds a micro-batch to an optimiser step's sums.
 
-    def accumulate(sums, micro_batch):
-        layers = sums[2]["policy"]["layers"] if _adds_in_place(learner) else None
-        (loss, (weight, metrics, target)), grads = value_and_grad(
-            params, micro_batch, key, learner, base, layers
-        )
-        added = jax.tree.map(jnp.add, sums, (loss, weight, grads))
-        if layers is not None:
-            added[2]["policy"]["layers"] = grads["policy"]["layers"]  # the sum, see `run_layers`
-        return added, (metrics, target)
+    Args:
+        learner: what is fixed.
+        params: of the state.
+        rows: of a batch that `with_ids` has seen.
+        key: `train_step`'s, folded with the step.
+        base: see `train_step`.
+        sums: over other rows of the step; None: there are none.
 
-    if micro_batches.reward.shape[0] == 1:
-        rows = jax.tree.map(lambda x: x[0], micro_batches)
-        (loss, (weight, metrics, target)), grads = value_and_grad(params, rows, key, learner, base)
-    else:
-        zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), jnp.float32(0), params))
-        (loss, weight, grads), (metrics, target) = jax.lax.scan(accumulate, zeros, micro_batches)
-        metrics = _combine(metrics)
+    Returns:
+        The new sums, and what was seen of the rows: metrics, prompt ids and targets of log Z.
+    """
+    layers = sums[2]["policy"]["layers"] if sums and _adds_in_place(learner) else None
+    (loss, (weight, seen)), grads = jax.value_and_grad(_loss_sums, has_aux=True)(
+        params, rows, key, learner, base, layers
+    )
+    if sums is None:
+        return (loss, weight, grads), seen
+    added = jax.tree.map(jnp.add, sums, (loss, weight, grads))
+    if layers is not None:
+        added[2]["policy"]["layers"] = grads["policy"]["layers"]  # the sum, see `run_layers`
+    return added, seen
+
+
+def finish_step(
+    learner: Learner, state: TrainState, sums: Sums, seen: Any
+) -> tuple[TrainState, Metrics]:
+    """Takes the optimiser's step.
+
+    Args:
+        learner: what is fixed.
+        state: before it.
+        sums: over all rows.
+        seen: what `add_rows` saw, with a leading axis of micro-batches.
+
+    Returns:
+        The new state, and scalar metrics.
+    """
+    loss, weight, grads = sums
+    metrics, prompt_id, target = seen
     weight = jnp.maximum(weight, 1.0)
     grads = jax.tree.map(lambda grad: grad / weight, grads)
-    metrics = {"loss": loss / weight, **metrics}
-    if target is not None:
-        target = target.reshape(-1)
-    prompt_id: Any = micro_batches.prompt_id
-    return grads, metrics, (prompt_id.reshape(-1), target)
+    metrics = {k: x.max() if k.endswith("_max") else x.mean() for k, x in metrics.items()}
+    metrics["loss"] = loss / weight
+    updates, opt_state = learner.optimizer.update(grads, state.opt_state, state.params)
+    params: Any = optax.apply_updates(state.params, updates)
+    if target is not None and learner.log_z is not None and learner.log_z.kind == "table":
+        rate = learner.log_z.table_rate
+        table = state.params["log_z"]
+        params["log_z"] = update_table(table, prompt_id.reshape(-1), target.reshape(-1), rate)
+
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)  # noqa: E731
+    new_state = TrainState(
+        step=state.step + 1,
+        params=keep(params, state.params),
+        opt_state=keep(opt_state, state.opt_state),
+        skipped=state.skipped + ~finite,
+    )
+    metrics |= {
+        "grad_norm": grad_norm,
+        "policy_grad_norm": optax.tree.norm(grads["policy"]),
+        "log_z_grad_norm": optax.tree.norm(grads["log_z"]) if grads["log_z"] else jnp.zeros(()),
+        "skipped_steps": new_state.skipped.astype(jnp.float32),
+    }
+    return new_state, metrics
+
+
+def with_ids(learner: Learner, batch: TrainBatch) -> TrainBatch:
+    """A batch whose rows without an id are known by their place.
+
+    Raises:
+        ValueError: a table of log Z needs to know the prompts.
+    """
+    if batch.prompt_id is None and learner.log_z is not None and learner.log_z.kind == "table":
+        raise ValueError(
+            "the batch has no prompt_id, but loss.log_z.kind='table' keeps a row per prompt: set"
+            " it, or choose another kind"
+        )
+    rows = jnp.arange(batch.reward.shape[0], dtype=jnp.int32)
+    return dataclasses.replace(
+        batch,
+        prompt_id=jnp.zeros_like(rows) if batch.prompt_id is None else batch.prompt_id,
+        row_id=rows if batch.row_id is None else batch.row_id,
+    )
 
 
 def train_step(
@@ -257,40 +324,17 @@ def train_step(
         The new state, and scalar metrics.
     """
     key = jax.random.fold_in(key, state.step)
-    if batch.prompt_id is None and learner.log_z is not None and learner.log_z.kind == "table":
-        raise ValueError(
-            "the batch has no prompt_id, but loss.log_z.kind='table' keeps a row per prompt: set"
-            " it, or choose another kind"
-        )
-    rows = jnp.arange(batch.reward.shape[0], dtype=jnp.int32)
-    batch = dataclasses.replace(
-        batch,
-        prompt_id=jnp.zeros_like(rows) if batch.prompt_id is None else batch.prompt_id,
-        row_id=rows if batch.row_id is None else batch.row_id,
-    )
-    grads, metrics, (prompt_id, target) = _gradients(learner, state.params, batch, key, base)
-    updates, opt_state = learner.optimizer.update(grads, state.opt_state, state.params)
-    params: Any = optax.apply_updates(state.params, updates)
-    if target is not None and learner.log_z is not None and learner.log_z.kind == "table":
-        rate = learner.log_z.table_rate
-        params["log_z"] = update_table(state.params["log_z"], prompt_id, target, rate)
+    micro_batches = _split_rows(with_ids(learner, batch), learner)
 
-    grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
-    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)  # noqa: E731
-    new_state = TrainState(
-        step=state.step + 1,
-        params=keep(params, state.params),
-        opt_state=keep(opt_state, state.opt_state),
-        skipped=state.skipped + ~finite,
-    )
-    metrics |= {
-        "grad_norm": grad_norm,
-        "policy_grad_norm": optax.tree.norm(grads["policy"]),
-        "log_z_grad_norm": optax.tree.norm(grads["log_z"]) if grads["log_z"] else jnp.zeros(()),
-        "skipped_steps": new_state.skipped.astype(jnp.float32),
-    }
-    return new_state, metrics
+    def add(sums, rows):
+        return add_rows(learner, state.params, rows, key, base, sums)
+
+    if micro_batches.reward.shape[0] == 1:
+        sums, seen = add(None, jax.tree.map(lambda x: x[0], micro_batches))
+        seen = jax.tree.map(lambda x: x[None], seen)
+    else:
+        sums, seen = jax.lax.scan(add, zero_sums(state.params), micro_batches)
+    return finish_step(learner, state, sums, seen)
 
 
 def abstract_state(learner: Learner, num_prompts: int) -> tuple[TrainState, TrainState]:
@@ -304,7 +348,10 @@ def abstract_state(learner: Learner, num_prompts: int) -> tuple[TrainState, Trai
         A state of `ShapeDtypeStruct` with shardings, and the same tree of shardings.
     """
     boxed = jax.eval_shape(lambda: _init(learner, num_prompts, jax.random.key(0)))
-    shardings = learner.layout.tree_shardings(boxed)
+    layout = learner.layout
+    shardings = dataclasses.replace(
+        layout.tree_shardings(boxed), opt_state=layout.optimizer_shardings(boxed.opt_state)
+    )
     shapes = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         nn.unbox(boxed),
@@ -412,7 +459,7 @@ def make_score(learner: Learner) -> Callable:
         size = math.gcd(rows, learner.micro_batch(rows))
 
         def some(arrays):
-            return _response_logprobs(learner, params, *arrays)[0]
+            return response_logprobs(learner, params, *arrays)[0]
 
         arrays = jax.tree.map(
             lambda x: jnp.moveaxis(x.reshape(size, rows // size, *x.shape[1:]), 1, 0),

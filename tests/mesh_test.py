@@ -169,6 +169,28 @@ def test_a_state_is_made_in_pieces():
     assert given.params["policy"]["layers"]["mlp"]["up"].sharding == kernel.sharding
 
 
+def test_an_optimizers_state_may_be_cut_over_data():
+    """Each copy of the parameters holds half of the moments, and the step is the same."""
+    results = []
+    for over_data in (False, True):
+        optimizer = make_optimizer(OptimizerConfig(), 10, 1, train_log_z=True)
+        learner = make_learner(MESH_CONFIG, OBJECTIVE, mesh=(2, 2, 2), optimizer=optimizer)
+        layout = make_layout(
+            learner.layout.mesh, MESH_CONFIG.axis_sizes, optimizer_over_data=over_data
+        )
+        learner = dataclasses.replace(learner, layout=layout)
+        state = make_state(learner)
+        state, _ = make_train_step(learner, 8)(state, layout.put_batch(BATCH), KEY)
+        moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == (2, 16, 24)]
+        assert {x.addressable_shards[0].data.shape for x in moments} == {
+            (2, 4 if over_data else 8, 12)
+        }
+        results.append(jax.device_get(state.params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9), *results)
+    with pytest.raises(InputError, match="width of 18 does not divide over 4 parts"):
+        make_layout(learner.layout.mesh, {"embed": 18}, optimizer_over_data=True)
+
+
 def test_mesh_takes_the_devices_that_are_left():
     mesh = make_mesh(MeshConfig(data=2, fsdp=-1, tensor=2))
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}

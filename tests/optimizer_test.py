@@ -1,5 +1,6 @@
 """The optimiser: schedules by hand, AdamW against a loop, and which group moves how."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -51,6 +52,36 @@ def run(config, *, train_log_z=True, updates_per_rollout=1):
     for policy, head in GRADS:
         params, state = step(params, state, {"policy": {"w": policy}, "log_z": {"w": head}})
     return params["policy"]["w"], params["log_z"]["w"]
+
+
+def test_moments_in_bfloat16_follow_those_in_float32():
+    """The second moment, too, which rounding to the nearest would leave where it is."""
+    config = OptimizerConfig(learning_rate=1e-3, warmup_steps=0, moments="bfloat16")
+    rng = np.random.default_rng(0)
+    grads = rng.normal(0, 0.1, (300, 1000)).astype(np.float32)
+    grads[150:] *= 0.1  # a mean that has to come down slowly
+
+    def moments(config):
+        optimizer = make_optimizer(config, 100, 1, train_log_z=True)
+        params = {"policy": {"w": jnp.ones(1000)}, "log_z": {"w": jnp.ones(1)}}
+        state = optimizer.init(params)
+
+        @jax.jit
+        def step(state, grad):
+            updates = {"policy": {"w": grad}, "log_z": {"w": jnp.ones(1)}}
+            return optimizer.update(updates, state, params)[1]
+
+        for grad in grads:
+            state = step(state, grad)
+        return [x for x in jax.tree.leaves(state) if x.shape == (1000,)]
+
+    rounded, exact = moments(config), moments(dataclasses.replace(config, moments="float32"))
+    assert [x.dtype for x in rounded] == [jnp.bfloat16] * 2
+    mu, nu = (np.asarray(x, np.float32) for x in rounded)
+    # One in 256 is bfloat16's last place; 1000 of the second moment's errors average out.
+    np.testing.assert_allclose(mu, exact[0], atol=0.02 * np.abs(exact[0]).max())
+    np.testing.assert_allclose(nu, exact[1], rtol=0.15)
+    np.testing.assert_allclose(nu.mean(), exact[1].mean(), rtol=0.005)
 
 
 @pytest.mark.parametrize("jointly", [True, False])

@@ -8,16 +8,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flowrl_jax.assembly import layout_of
 from flowrl_jax.config import Config
 from flowrl_jax.errors import InputError
 from flowrl_jax.masking import positions_from_mask
+from flowrl_jax.models.architecture import TransformerConfig
 from flowrl_jax.models.attention import Columns
 from flowrl_jax.models.decode import decode_params, forward_cached, read_prompts, unembed
 from flowrl_jax.models.transformer import Transformer
 from flowrl_jax.objectives import objective_of
 from flowrl_jax.optimizer import make_optimizer
 from flowrl_jax.planning.shapes import planned_shape
-from flowrl_jax.sharding import Layout, make_layout, make_mesh, sampling_layout
+from flowrl_jax.sharding import Layout, make_mesh, sampling_layout
 from flowrl_jax.train_step import (
     Learner,
     abstract_policy,
@@ -79,8 +81,7 @@ def planned_learner(config: Config, devices: Sequence[Any]) -> Learner:
     mesh = make_mesh(config.mesh, devices)
     cut = max(config.rollout.tensor, 1)
     model = planned_shape(config.model, vocab_multiple=math.lcm(64, mesh.shape["tensor"], cut))
-    if devices[0].platform == "tpu" and model.attention == "xla":
-        model = dataclasses.replace(model, attention="splash")
+    model = dataclasses.replace(model, attention=_attention(model, devices[0].platform))
     log_z = getattr(config.loss, "log_z", None)
     train_log_z = log_z is not None and log_z.kind == "head"
     learner = Learner(
@@ -92,7 +93,7 @@ def planned_learner(config: Config, devices: Sequence[Any]) -> Learner:
         group_size=config.rollout.group_size,
         temperature=config.rollout.temperature,
         config=config.train.step,
-        layout=make_layout(mesh, model.axis_sizes),
+        layout=layout_of(config, mesh, model),
     )
     try:
         check_batch(learner, config.rows_per_update)
@@ -100,6 +101,15 @@ def planned_learner(config: Config, devices: Sequence[Any]) -> Learner:
         raise InputError(str(error)) from error
     _check_rollouts(config, learner, hosts=len({device.process_index for device in devices}))
     return learner
+
+
+def _attention(model: TransformerConfig, platform: str) -> str:
+    """The kernel of a config, or where that names none of a platform's the one to choose there."""
+    if model.attention != "xla":
+        return model.attention
+    if platform == "tpu":
+        return "splash"
+    return "xla" if model.attention_softcap else "cudnn"
 
 
 def _check_rollouts(config: Config, learner: Learner, hosts: int) -> None:
