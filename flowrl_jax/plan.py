@@ -1,18 +1,21 @@
 """Memory and time of a run on chips that are not there: `python -m flowrl_jax.plan`.
 
-    plan --config=configs/math_7b.py --topology=v5p:2x2x2 [--json=FILE] [--programs=train_step,...]
+    plan --config=configs/math_7b.py --topology=v5p:2x2x2 [--search] [--json=FILE]
+         [--programs=train_step,...] [--slices=N]
 
 compiles every program of the loop with the real TPU compiler, which needs no TPU, and prints what
-each needs of a device's memory. The compiler is the package libtpu, installed, or unpacked anywhere
-and named by the environment variable TPU_LIBRARY_PATH. Neither weights, tokenizer nor data are
-read: a model that has not been downloaded is known by its folder's name, if it is a published one.
-Times are lower bounds from published rates and no measurements.
+each needs of a device's memory, what it computes and what devices send each other. The compiler is
+the package libtpu, installed, or unpacked anywhere and named by the environment variable
+TPU_LIBRARY_PATH. For GPUs (`--topology=h100:8`) there is no compiler: formulas take its place, and
+the table says so. Neither weights, tokenizer nor data are read: a model that has not been
+downloaded is known by its folder's name, if it is a published one. Times are estimates from
+published rates and no measurements.
 """
 
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,81 +25,113 @@ from absl import flags
 from flowrl_jax import cli
 from flowrl_jax.config import Config
 from flowrl_jax.errors import InputError
-from flowrl_jax.planning.chips import Chip, describe
-from flowrl_jax.planning.measure import Measured, gib, measure
-from flowrl_jax.planning.programs import planned_learner, programs
+from flowrl_jax.planning.chips import describe
+from flowrl_jax.planning.measure import Measured
+from flowrl_jax.planning.programs import planned_learner
+from flowrl_jax.planning.search import (
+    Choice,
+    largest_micro_batch,
+    measure_all,
+    smallest_slice,
+    suggest,
+)
+from flowrl_jax.planning.table import table
+from flowrl_jax.planning.times import ASSUMPTIONS, ASSUMPTIONS_OF_FORMULAS
 
 NAMES = ("prefill", "decode", "score", "train_step")
 
 
-def plan(config: Config, topology: str, names: Sequence[str] = NAMES) -> dict[str, Any]:
-    """Compiles a run's programs.
+def plan(
+    config: Config,
+    topology: str,
+    names: Sequence[str] = NAMES,
+    *,
+    slices: int = 1,
+    search: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Compiles a run's programs, or estimates them where no compiler for the chip is at hand.
 
     Args:
         config: the settings.
-        topology: such as "v5p:2x2x2".
+        topology: such as "v5p:2x2x2" or "h100:8".
         names: of the programs, some of `NAMES`.
+        slices: of this topology, joined by a data centre's network.
+        search: whether to look for the largest micro-batch on this topology and the smallest slice
+            of the chip, by compiling; a few more compilations.
+        say: is told what is being done.
 
     Returns:
-        `{"topology", "chip", "devices", "model", "mesh", "fits", "programs": {name: ...}}`, sizes
-        in bytes on one device.
+        What --json writes, see docs/plan.md; sizes in bytes on one device.
 
     Raises:
         InputError: the topology is not known, sizes do not divide, or the model's shape is not
             known; before anything compiles.
     """
-    chip, devices = describe(topology)
-    learner = planned_learner(config, devices)
+    described = describe(topology, slices)
+    learner = planned_learner(config, described.devices)
+    measured = list(measure_all(config, described, names, say))
+    fits = all(program.fits for program in measured)
     shape = learner.model.config
-    length = config.rollout.max_prompt_length + config.rollout.max_response_length
-    measured = {
-        program.name: dataclasses.asdict(measure(program, shape, chip, len(devices), length))
-        for program in programs(config, learner)
-        if program.name in names
-    }
-    return {
+    compiled = described.chip.compiled
+    assumptions = ASSUMPTIONS if compiled else ASSUMPTIONS_OF_FORMULAS
+    found = {
         "topology": topology,
-        "chip": dataclasses.asdict(chip),
-        "devices": len(devices),
+        "slices": slices,
+        "chip": dataclasses.asdict(described.chip),
+        "devices": described.count,
         "mesh": dict(learner.layout.mesh.shape),
-        "model": {"parameters": shape.num_parameters, "attention": shape.attention},
-        "fits": all(program["fits"] for program in measured.values()),
-        "programs": measured,
+        "model": {
+            "parameters": shape.num_parameters,
+            "layers": shape.num_layers,
+            "attention": shape.attention,
+            "remat": shape.remat,
+        },
+        "micro_batch_size": learner.micro_batch(config.rows_per_update),
+        "estimated": not compiled,
+        "fits": fits,
+        "programs": {program.name: dataclasses.asdict(program) for program in measured},
+        "step_seconds": _step_seconds(measured, names),
+        "assumptions": list(assumptions),
+        "suggestions": [],
     }
+    if not fits:
+        found["suggestions"] = _plain(suggest(config, described, names, measured))
+    if search:
+        found["search"] = {
+            "largest_micro_batch": _plain(largest_micro_batch(config, described, measured, say)),
+            "smallest_slice": _plain(smallest_slice(config, described, names, measured, say)),
+        }
+    return found
 
 
-def table(found: dict[str, Any]) -> str:
-    """What a plan says, for people."""
-    chip = Chip(**found["chip"])
-    mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
-    lines = [
-        f"{found['devices']} x {chip.name}, {gib(chip.memory)} GiB each; mesh {mesh};"
-        f" {found['model']['parameters'] / 1e9:.1f}e9 parameters",
-        f"{'program':12}{'GiB':>8}{'arguments':>11}{'other':>8}{'TFLOP':>11}{'s >=':>9}"
-        f"{'compiled in':>13}",
-    ]
-    for values in found["programs"].values():
-        program = Measured(**values)
-        lines.append(
-            f"{program.name:12}{gib(program.peak_bytes):>8}{gib(program.argument_bytes):>11}"
-            f"{gib(program.peak_bytes - program.argument_bytes):>8}"
-            f"{program.model_flops / 1e12:>11.1f}{program.seconds:>9.3g}"
-            f"{program.compile_seconds:>11.0f} s"
-            + ("" if program.fits else f"  {gib(program.peak_bytes - chip.memory)} GiB too many")
-        )
-    lines.append(
-        "Operations are the model's own, over all devices; seconds are a lower bound from published"
-        " rates."
-    )
-    return "\n".join(lines)
+def _step_seconds(measured: Sequence[Measured], names: Sequence[str]) -> float | None:
+    """Seconds of a whole step; None where a program is left out or its time is not known."""
+    if set(names) != set(NAMES) or not all(program.seconds for program in measured):
+        return None
+    return sum(program.runs_per_step * program.seconds for program in measured)
+
+
+def _plain(choices: Choice | list[Choice] | None) -> Any:
+    """As JSON has it."""
+    if isinstance(choices, list):
+        return [dataclasses.asdict(choice) for choice in choices]
+    return None if choices is None else dataclasses.asdict(choices)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     values = cli.config_flag_values("Says what a run needs of chips that are not there.")
-    flags.DEFINE_string("topology", "", "such as v5p:2x2x2 or v6e:2x4", flag_values=values)
+    flags.DEFINE_string("topology", "", "such as v5p:2x2x2, v6e:2x4 or h100:8", flag_values=values)
+    flags.DEFINE_integer("slices", 1, "of this topology", flag_values=values)
     flags.DEFINE_string("json", "", "file for the numbers", flag_values=values)
     flags.DEFINE_list("programs", list(NAMES), "which programs", flag_values=values)
+    flags.DEFINE_bool(
+        "search",
+        False,
+        "finds the largest micro-batch and the smallest slice that fit, by compiling",
+        flag_values=values,
+    )
 
     def start(config: Config, values: flags.FlagValues) -> None:
         # Planning must neither wait for this machine's accelerators nor take them.
@@ -105,9 +140,18 @@ def main(arguments: list[str] | None = None) -> int:
         if not topology:
             raise InputError("--topology is missing: name one, such as v5p:2x2x2")
         unknown = [name for name in names if name not in NAMES]
-        if unknown:
-            raise InputError(f"--programs={unknown[0]}: not known; known: {', '.join(NAMES)}")
-        found = plan(config, topology, names)
+        if unknown or not names:
+            raise InputError(
+                f"--programs={','.join(unknown)}: not known; known: {', '.join(NAMES)}"
+            )
+        found = plan(
+            config,
+            topology,
+            names,
+            slices=int(str(values["slices"].value)),
+            search=bool(values["search"].value),
+            say=lambda line: print(f"{line} ...", file=sys.stderr, flush=True),
+        )
         print(table(found))
         if values["json"].value:
             Path(str(values["json"].value)).write_text(json.dumps(found, indent=2) + "\n")

@@ -47,10 +47,11 @@ def expected_traffic(config: TransformerConfig, program: Program) -> tuple[Traff
         program: whose transfers are counted.
     """
     mesh = program.layout.mesh.shape
-    fsdp, tensor, data = mesh["fsdp"], mesh["tensor"], mesh["data"]
+    tensor, data, context = mesh["tensor"], mesh["data"], mesh.get("context", 1)
+    fsdp = mesh["fsdp"] * context
     passes = (2 if config.remat == "none" else 3) if program.backward else 1
     weights = _HALF * config.num_parameters / tensor * (fsdp - 1) / fsdp
-    tokens = program.rows * program.columns / program.layout.batch_shards
+    tokens = program.rows * program.columns / program.layout.batch_shards / context
     summed = 2 * config.num_layers * _HALF * tokens * config.embed_dim * 2 * (tensor - 1) / tensor
     gradient = 4 * config.num_parameters / (fsdp * tensor) * 2 * (data - 1) / data
     found = {

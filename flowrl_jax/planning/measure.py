@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 
+from flowrl_jax.learner import Learner
 from flowrl_jax.planning import hlo
 from flowrl_jax.planning.buffers import largest, moved_bytes
-from flowrl_jax.planning.chips import GIB, Topology
+from flowrl_jax.planning.chips import Topology
 from flowrl_jax.planning.collectives import Traffic, bytes_by_axes, traffic
 from flowrl_jax.planning.formulas import (
     expected_flops,
@@ -25,7 +26,6 @@ from flowrl_jax.planning.memory import estimated_bytes
 from flowrl_jax.planning.operations import branch_weight, kernel_flops, matmul_flops
 from flowrl_jax.planning.programs import Program
 from flowrl_jax.planning.times import Seconds, estimate
-from flowrl_jax.train_step import Learner
 
 # FSDP's matrix products must not be cut into loops of their own with their transfers: they are
 # slower by the compiler's own estimate, and their memory and operations are hidden in them.
@@ -53,6 +53,7 @@ class Measured:
         state_bytes: of the argument that it replaces: train state, or KV cache.
         alias_bytes: of arguments whose memory becomes a result's; both are padded as in memory.
         resident_bytes: of what lives on the device meanwhile and is not an argument.
+        runs_per_step: how often the program runs in a step of the loop.
         largest_buffers: the largest arrays that it holds, and their bytes.
         model_flops: operations of the model's matrix products over all devices, nothing computed
             twice.
@@ -81,6 +82,7 @@ class Measured:
     state_bytes: float = 0.0
     alias_bytes: float = 0.0
     resident_bytes: float = 0.0
+    runs_per_step: int = 0
     largest_buffers: tuple[tuple[str, float], ...] = ()
     model_flops: float = 0.0
     flops: float = 0.0
@@ -147,6 +149,7 @@ def measure(
     known = Measured(
         name=program.name,
         resident_bytes=resident,
+        runs_per_step=program.runs,
         model_flops=model_flops(learner.model.config, program, length),
     )
     if not topology.chip.compiled:
@@ -284,8 +287,3 @@ def _estimated(
         collective_bytes=bytes_by_axes(exchanged),
         collectives=exchanged,
     )
-
-
-def gib(size: float) -> str:
-    """A size in GiB."""
-    return f"{size / GIB:.1f}"

@@ -18,11 +18,12 @@ from typing import Any
 import jax
 
 from flowrl_jax.config import Config
+from flowrl_jax.learner import Learner
 from flowrl_jax.models.architecture import TransformerConfig
 from flowrl_jax.models.attention import CHUNK
 from flowrl_jax.objectives import objective_of
 from flowrl_jax.planning.programs import Program
-from flowrl_jax.train_step import Learner, abstract_policy, abstract_state
+from flowrl_jax.train_step import abstract_policy, abstract_state
 
 _STATE, _TRAINED = 12, 18  # bytes a trained parameter: weight and moments; gradients beside them
 
@@ -80,11 +81,11 @@ def estimated_bytes(program: Program, learner: Learner) -> tuple[float, float]:
 def _beside(program: Program, learner: Learner, arguments: tuple[Any, ...]) -> float:
     shape = learner.model.config
     cut = program.layout.mesh.shape["tensor"]
-    tokens = program.rows / program.layout.batch_shards * program.columns
+    rows = program.rows / program.layout.batch_shards
+    tokens = rows * program.columns / program.layout.mesh.shape.get("context", 1)
     unembedding = shape.vocab_rows * shape.embed_dim / cut
     running = 8 * tokens * (shape.mlp_dim / cut + shape.embed_dim)
     if shape.attention == "xla" and program.columns > 1:
-        rows = program.rows / program.layout.batch_shards
         running += 10 * rows * shape.num_heads / cut * min(CHUNK, program.columns) * program.columns
     if program.name == "train_step":
         trained = device_bytes(arguments[0]) / _STATE

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flowrl_jax.assembly import layout_of
 from flowrl_jax.config import Config
 from flowrl_jax.errors import InputError
+from flowrl_jax.learner import Learner, check_batch
 from flowrl_jax.masking import positions_from_mask
 from flowrl_jax.models.architecture import TransformerConfig
 from flowrl_jax.models.attention import Columns
@@ -20,14 +21,7 @@ from flowrl_jax.objectives import objective_of
 from flowrl_jax.optimizer import make_optimizer
 from flowrl_jax.planning.shapes import planned_shape
 from flowrl_jax.sharding import Layout, make_mesh, sampling_layout
-from flowrl_jax.train_step import (
-    Learner,
-    abstract_policy,
-    abstract_state,
-    check_batch,
-    make_score,
-    make_train_step,
-)
+from flowrl_jax.train_step import abstract_policy, abstract_state, make_score, make_train_step
 from flowrl_jax.types import TrainBatch
 
 

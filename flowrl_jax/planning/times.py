@@ -18,6 +18,11 @@ ASSUMPTIONS = (
     "operations, memory and asynchronous collectives overlap completely; collectives that the"
     " compiler left synchronous overlap with nothing",
 )
+ASSUMPTIONS_OF_FORMULAS = (
+    "nothing was compiled: memory is a formula that lay within a fifth of compiled programs",
+    "matrix products run at the published peak, and memory and links at their published rates",
+    "operations, memory and transfers overlap completely",
+)
 
 
 @dataclasses.dataclass(frozen=True)
