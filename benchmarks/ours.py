@@ -7,19 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.common import Work, serve, share_of_even
+from flowrl_jax.learner import Learner, TrainStepConfig
 from flowrl_jax.learning_batch import make_learning_batch
 from flowrl_jax.models.transformer import Transformer, TransformerConfig
 from flowrl_jax.objectives.grpo import GRPOConfig
 from flowrl_jax.optimizer import OptimizerConfig, make_optimizer
 from flowrl_jax.sampler import SamplerConfig, generate, rollout_key
 from flowrl_jax.sharding import MeshConfig, make_layout, make_mesh
-from flowrl_jax.train_step import (
-    Learner,
-    TrainStepConfig,
-    init_state,
-    make_score,
-    make_train_step,
-)
+from flowrl_jax.train_step import init_state, make_score, make_train_step
 from flowrl_jax.types import PromptBatch, Rollout, TrainBatch, TrainState
 
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from flowrl_jax.checkpoint import restore_policy, saved_steps
 from flowrl_jax.config import DTYPES, Config
 from flowrl_jax.errors import InputError
+from flowrl_jax.learner import Learner, check_batch
 from flowrl_jax.metric_sinks import FILE_NAME
 from flowrl_jax.models.hf import check_vocabulary, load_policy
 from flowrl_jax.models.hf_config import read_config
@@ -33,13 +34,7 @@ from flowrl_jax.tokenizers import (
     load_tokenizer,
     train_symbol_tokenizer,
 )
-from flowrl_jax.train_step import (
-    Learner,
-    abstract_policy,
-    abstract_state,
-    check_batch,
-    init_policy,
-)
+from flowrl_jax.train_step import abstract_policy, abstract_state, init_policy
 
 CHECKPOINTS = "checkpoints"
 TOKENIZER_FILE = "tokenizer.model"

@@ -15,6 +15,7 @@ import ml_collections
 from flowrl_jax.checkpoint import CheckpointConfig
 from flowrl_jax.datasets.pipeline import DataConfig
 from flowrl_jax.errors import InputError
+from flowrl_jax.learner import TrainStepConfig
 from flowrl_jax.metric_sinks import MetricsConfig
 from flowrl_jax.models.architecture import LoraConfig
 from flowrl_jax.objectives import OBJECTIVES
@@ -22,7 +23,6 @@ from flowrl_jax.optimizer import OptimizerConfig
 from flowrl_jax.sharding import MeshConfig
 from flowrl_jax.tasks import TaskConfig
 from flowrl_jax.tasks.base import nearest
-from flowrl_jax.train_step import TrainStepConfig
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from flowrl_jax.learner import Learner
 from flowrl_jax.masking import masked_mean, masked_sum
 from flowrl_jax.objectives.advantages import normalize_rewards
 from flowrl_jax.objectives.flowrl import FlowRLConfig, log_z_target
-from flowrl_jax.train_step import Learner
 from flowrl_jax.types import Rollout, TrainBatch
 
 

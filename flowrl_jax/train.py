@@ -43,6 +43,7 @@ from flowrl_jax.distributed import (
 )
 from flowrl_jax.errors import InputError
 from flowrl_jax.evaluate import Evaluator
+from flowrl_jax.learner import Learner
 from flowrl_jax.learning_batch import make_learning_batch, make_minibatch
 from flowrl_jax.metrics import CompileCounter, MetricWriter
 from flowrl_jax.models.lora import with_adapters
@@ -54,13 +55,7 @@ from flowrl_jax.sampler import SamplerConfig, rollout_key
 from flowrl_jax.settings import save_settings
 from flowrl_jax.sharding import local_rows
 from flowrl_jax.tasks import Row
-from flowrl_jax.train_step import (
-    Learner,
-    abstract_state,
-    init_state,
-    make_score,
-    make_train_step,
-)
+from flowrl_jax.train_step import abstract_state, init_state, make_score, make_train_step
 from flowrl_jax.types import Rollout, TrainState
 
 

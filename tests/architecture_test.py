@@ -21,7 +21,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "types masking errors",
         "objectives",
         "models sharding logprobs new_folder",
-        "sampler train_step optimizer learning_batch",
+        "sampler learner train_step buckets optimizer learning_batch",
         "datasets tasks rewards tokenizers checkpoint integrity evaluation graded metrics"
         " metric_sinks progress report retention",
         "config cli assembly distributed rollouts settings planning",

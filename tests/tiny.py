@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from flowrl_jax.learner import Learner, TrainStepConfig
 from flowrl_jax.models.log_z import init_log_z
 from flowrl_jax.models.transformer import Transformer, TransformerConfig, init_params
 from flowrl_jax.sharding import Layout, MeshConfig, make_mesh
-from flowrl_jax.train_step import Learner, TrainStepConfig, abstract_state
+from flowrl_jax.train_step import abstract_state
 from flowrl_jax.types import PromptBatch, TrainBatch, TrainState
 
 

@@ -10,13 +10,14 @@ import numpy as np
 import optax
 import pytest
 
+from flowrl_jax.learner import check_batch
 from flowrl_jax.models.log_z import LogZHead
 from flowrl_jax.models.transformer import Transformer
 from flowrl_jax.objectives.flowrl import FlowRLConfig
 from flowrl_jax.objectives.grpo import GRPOConfig
 from flowrl_jax.objectives.log_z import LogZConfig
 from flowrl_jax.optimizer import OptimizerConfig, make_optimizer
-from flowrl_jax.train_step import check_batch, init_state, make_score, make_train_step
+from flowrl_jax.train_step import init_state, make_score, make_train_step
 from tests.tiny import (
     compilations,
     full_logits,
