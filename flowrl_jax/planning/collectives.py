@@ -22,6 +22,7 @@ NO_AXIS = "none"
 
 _IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _PAIR = re.compile(r"\{(\d+),\s*(\d+)\}")
+_MESH = re.compile(r"replica_groups=@?(mesh.*?\{[^{}]*\})")
 _MESH_AXIS = re.compile(r"'?([\w.\-]+)'?=(\d+)")
 _MESH_USED = re.compile(r"'?([\w.\-]+)'?(?::\((\d+)\)(\d+))?")
 
@@ -105,11 +106,12 @@ def device_groups(instruction: Instruction, devices: int) -> list[np.ndarray]:
     pairs = instruction.attribute("source_target_pairs")
     if pairs:
         return [np.array([int(a), int(b)]) for a, b in _PAIR.findall(pairs) if a != b]
+    mesh = _MESH.search(instruction.attributes)
+    if mesh:
+        return _of_mesh(mesh[1])
     text = instruction.attribute("replica_groups").strip()
     if text in ("", "{}"):
         return [np.arange(devices)]
-    if "mesh" in text:
-        return _of_mesh(text)
     iota = _IOTA.fullmatch(text)
     if iota:
         return list(_iota(iota[1], iota[2], iota[3]))
