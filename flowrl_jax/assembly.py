@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from flowrl_jax.checkpoint import restore_policy, saved_steps
 from flowrl_jax.config import DTYPES, Config
+from flowrl_jax.distributed import any_process
 from flowrl_jax.errors import InputError
 from flowrl_jax.learner import Learner, check_batch
 from flowrl_jax.metric_sinks import FILE_NAME
@@ -20,6 +21,7 @@ from flowrl_jax.models.hf import check_vocabulary, load_policy
 from flowrl_jax.models.hf_config import read_config
 from flowrl_jax.models.lora import with_adapters, without_adapters
 from flowrl_jax.models.transformer import Transformer, TransformerConfig
+from flowrl_jax.new_folder import in_first_process
 from flowrl_jax.objectives.sft import SFTConfig
 from flowrl_jax.optimizer import OptimizerConfig, make_optimizer
 from flowrl_jax.sampler import SamplerConfig, rollout_key
@@ -98,13 +100,25 @@ class Parts:
 def claim_workdir(workdir: Path, *, resume: bool = False) -> None:
     """Makes the folder of a run, and refuses one that holds another run.
 
+    The first process looks, before another one writes.
+
     Args:
         workdir: of the run.
         resume: whether the run in it is to be continued.
 
     Raises:
-        InputError: it holds a run that is not to be continued, or cannot be made.
+        InputError: it holds a run that is not to be continued, cannot be made, or is not there for
+            all processes.
     """
+    in_first_process(lambda: _claim(workdir, resume))
+    if any_process(not workdir.is_dir()):
+        raise InputError(
+            f"--workdir={workdir} of process 0 is not there for all processes: name a folder that"
+            " all hosts share"
+        )
+
+
+def _claim(workdir: Path, resume: bool) -> None:
     metrics = workdir / FILE_NAME
     used = metrics.is_file() and metrics.stat().st_size > 0
     if not resume and (used or saved_steps(workdir / CHECKPOINTS)):

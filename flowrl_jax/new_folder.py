@@ -103,7 +103,7 @@ def in_first_process(action: Callable[[], object]) -> None:
     if fault is not None:
         raise fault
     if failed:
-        raise InputError("process 0 could not write the files: see its message")
+        raise InputError("process 0 has failed: see its message")
 
 
 def _begin(target: Path, partial: Path) -> None:

@@ -30,7 +30,6 @@ from flowrl_jax.datasets.pipeline import PromptSource
 from flowrl_jax.distributed import define_flags, join, row_share
 from flowrl_jax.errors import InputError
 from flowrl_jax.metrics import MetricWriter
-from flowrl_jax.new_folder import in_first_process
 from flowrl_jax.objectives.sft import SFTConfig
 from flowrl_jax.progress import Progress
 from flowrl_jax.rollouts import check_prompts, encode_prompt, fit_prompt
@@ -93,7 +92,7 @@ def sft(config: Config, workdir: str | Path) -> None:
         InputError: for whatever of the config, data or folder is wrong, before compiling.
     """
     workdir = Path(workdir)
-    in_first_process(lambda: claim_workdir(workdir))
+    claim_workdir(workdir)
     parts = assemble(config, workdir)
     settings = config.sft
     source = PromptSource(dataclasses.replace(config.data, seed=config.seed))

@@ -30,6 +30,13 @@ from flowrl_jax.assembly import (
     first_policy,
     make_learner,
 )
+from flowrl_jax.buckets import (
+    check_buckets,
+    make_lengths,
+    make_scores,
+    make_update,
+    padding_saved,
+)
 from flowrl_jax.checkpoint import Checkpointer
 from flowrl_jax.config import Config
 from flowrl_jax.datasets.pipeline import PromptSource
@@ -47,7 +54,6 @@ from flowrl_jax.learner import Learner
 from flowrl_jax.learning_batch import make_learning_batch, make_minibatch
 from flowrl_jax.metrics import CompileCounter, MetricWriter
 from flowrl_jax.models.lora import with_adapters
-from flowrl_jax.new_folder import in_first_process
 from flowrl_jax.objectives import objective_of
 from flowrl_jax.progress import Progress
 from flowrl_jax.rollouts import check_prompts, encode_rows, grade, responses, sample
@@ -55,7 +61,7 @@ from flowrl_jax.sampler import SamplerConfig, rollout_key
 from flowrl_jax.settings import save_settings
 from flowrl_jax.sharding import local_rows
 from flowrl_jax.tasks import Row
-from flowrl_jax.train_step import abstract_state, init_state, make_score, make_train_step
+from flowrl_jax.train_step import abstract_state, init_state
 from flowrl_jax.types import Rollout, TrainState
 
 
@@ -115,7 +121,8 @@ class Loop:
         config = self.parts.config
         policy = self.policy(state)
         score = self.programs["score"]
-        arrays = (rollout.tokens, rollout.prompt_mask, rollout.response_mask)
+        lengths = np.asarray(self.programs["lengths"](rollout.response_mask))
+        arrays = (rollout.tokens, rollout.prompt_mask, rollout.response_mask, lengths)
         # Both are dispatched before the host judges, so that device and host work together.
         ref_logprobs = score(self.reference, *arrays) if self.reference is not None else None
         old_logprobs = rollout.sampler_logprobs
@@ -130,10 +137,15 @@ class Loop:
             rollout, old_logprobs, old_logprobs if ref_logprobs is None else ref_logprobs, **host
         )
         updates = config.train.updates_per_rollout
+        lengths = lengths.reshape(updates, -1)
+        limit = config.rollout.max_response_length
+        saved = padding_saved(self.learner, lengths, limit)
+        metrics["train/padding_saved"] = np.float32(saved)
         for i in range(config.updates):
             minibatch = self.programs["minibatch"](batch, i % updates) if updates > 1 else batch
             base = () if self.base is None else (self.base,)
-            state, step_metrics = self.programs["train_step"](state, minibatch, key, *base)
+            own = lengths[i % updates]
+            state, step_metrics = self.programs["update"](state, minibatch, own, key, *base)
             metrics = _merge(metrics, step_metrics, i)
         return state, rewards, metrics
 
@@ -177,6 +189,7 @@ def build_loop(parts: Parts) -> Loop:
         steps=config.steps,
         updates=config.updates,
     )
+    check_buckets(learner, rollout.max_prompt_length)
     share = row_share(parts.layout)
     for name in ("prompts_per_step", "prompts_per_batch"):
         prompts, hosts = getattr(rollout, name), len(share.leaders)
@@ -190,10 +203,11 @@ def build_loop(parts: Parts) -> Loop:
     source = PromptSource(dataclasses.replace(config.data, seed=config.seed))
     check_prompts(parts, source, config.steps * rollout.prompts_per_step)
     programs = {
-        "score": make_score(learner),
+        "lengths": make_lengths(learner),
+        "score": make_scores(learner),
         "learning_batch": make_learning_batch(learner),
         "minibatch": make_minibatch(learner, config.train.updates_per_rollout),
-        "train_step": make_train_step(learner, len(source)),
+        "update": make_update(learner, len(source)),
     }
     evaluator = Evaluator(parts, config.eval) if config.eval.every else None
     return Loop(parts, learner, parts.sampler(), source, programs, evaluator, share)
@@ -216,7 +230,7 @@ def train(config: Config, workdir: str | Path, *, resume: bool = False) -> dict[
         cli.Preempted: after SIGTERM, once a checkpoint is complete.
     """
     workdir, started = Path(workdir), time.perf_counter()
-    in_first_process(lambda: claim_workdir(workdir, resume=resume))
+    claim_workdir(workdir, resume=resume)
     loop = build_loop(assemble(config, workdir))
     with (
         CompileCounter() as compilations,
