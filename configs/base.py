@@ -99,6 +99,7 @@ def get_config() -> ml_collections.ConfigDict:
         "epochs": 1,  # passes over a rollout
         "micro_batch_size": 0,  # responses held at one time on all devices; 0: all, -1: one a shard
         "logprob_chunk": 256,  # tokens of a response whose logits are held at one time
+        "length_buckets": (),  # what responses are cut to in learning besides their limit
     }
     config.sft = {
         "steps": 100,  # optimiser steps

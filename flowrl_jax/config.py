@@ -247,12 +247,15 @@ class TrainConfig:
             0 means those of a whole optimiser step, -1 one for each part of the batch
             (data x fsdp).
         logprob_chunk: tokens of a response whose logits are held at one time.
+        length_buckets: lengths that responses are cut to in learning, increasing, below
+            `rollout.max_response_length`, which is always one more; see `buckets`.
     """
 
     updates_per_rollout: int = 1
     epochs: int = 1
     micro_batch_size: int = 0
     logprob_chunk: int = 256
+    length_buckets: tuple[int, ...] = ()
 
     def __post_init__(self):
         _require(
@@ -265,7 +268,7 @@ class TrainConfig:
     @property
     def step(self) -> TrainStepConfig:
         """What the train step itself needs to know."""
-        return TrainStepConfig(self.micro_batch_size, self.logprob_chunk)
+        return TrainStepConfig(self.micro_batch_size, self.logprob_chunk, self.length_buckets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,6 +327,13 @@ class Config:
             self.rollout.prompts_per_step % self.train.updates_per_rollout == 0,
             f"train.updates_per_rollout={self.train.updates_per_rollout} does not divide"
             f" rollout.prompts_per_step={self.rollout.prompts_per_step}: choose a divisor",
+        )
+        limit = self.rollout.max_response_length
+        _require(
+            max(self.train.length_buckets, default=0) < limit,
+            f"train.length_buckets={self.train.length_buckets} must lie below"
+            f" rollout.max_response_length={limit}, which is always the last of them: leave out"
+            " what is as large or larger",
         )
 
     @property

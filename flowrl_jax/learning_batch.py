@@ -50,6 +50,8 @@ def _metrics(learner: Learner, rollout: Rollout, batch: TrainBatch, reward: jax.
     metrics = {
         "rollout/length_mean": jnp.mean(length.astype(jnp.float32)),
         "rollout/length_max": jnp.max(length),
+        # What length buckets could spare learning, if there were one for every length.
+        "rollout/padding": 1.0 - jnp.mean(mask.astype(jnp.float32)),
         "rollout/truncated": jnp.mean(rollout.truncated.astype(jnp.float32)),
         # The mean surprise of what was sampled: an unbiased estimate of the policy's entropy.
         "rollout/entropy": -masked_mean(rollout.sampler_logprobs, mask),
