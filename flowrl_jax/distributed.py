@@ -29,8 +29,9 @@ from flowrl_jax.sharding import Layout
 
 AUTO, NONE = "auto", "none"
 HEARTBEAT_SECONDS = 30  # silence that counts as death; all have ended well within a minute
-JOIN_SECONDS = 300  # hosts of one pod finish their installation at different times
+JOIN_SECONDS = 45  # one that dies before they have met has the others end within a minute, too
 PART_SECONDS = 10  # what others may take to leave with one that has failed
+FINISH_SECONDS = 300  # what process 0 may take to write the last things while the others wait
 
 _EXPLICIT = re.compile(r"(?P<address>[^,\s]+:\d+),(?P<count>\d+),(?P<index>\d+)")
 # What errors say that have another process as their cause, by whom they pass through.
@@ -66,6 +67,13 @@ def define_flags(values: flags.FlagValues) -> None:
         "silence after which a process counts as dead and takes the others down",
         flag_values=values,
     )
+    flags.DEFINE_integer(
+        "join_seconds",
+        int(os.environ.get("FLOWRL_JOIN_SECONDS", JOIN_SECONDS)),
+        "how long to wait for the other processes at the start; default: FLOWRL_JOIN_SECONDS in the"
+        f" environment (the supervisor sets it to 300), else {JOIN_SECONDS}",
+        flag_values=values,
+    )
 
 
 def join(values: flags.FlagValues) -> None:
@@ -79,24 +87,27 @@ def join(values: flags.FlagValues) -> None:
         SystemExit: process 0 cannot be found or its port is taken; exit code 1, worth another try.
             Where another process does not come in time, jaxlib aborts this one.
     """
-    choice, seconds = str(values["distributed"].value), int(str(values["heartbeat_seconds"].value))
-    if seconds < 1:
-        raise InputError(f"--heartbeat_seconds={seconds}: give one second or more")
+    choice = str(values["distributed"].value)
+    seconds = {name: int(str(values[name].value)) for name in ("heartbeat_seconds", "join_seconds")}
+    for name, given in seconds.items():
+        if given < 1:
+            raise InputError(f"--{name}={given}: give one second or more")
     address = _parse(choice)
     if choice == NONE or (address is None and not _in_cluster(os.environ)):
         return
     _configure()
     coordinator, count, index = address or (None, None, None)
-    print(f"--distributed={choice}: waiting for the other processes", file=sys.stderr, flush=True)
+    patience = f"waiting up to {seconds['join_seconds']} s for the other processes"
+    print(f"--distributed={choice}: {patience}", file=sys.stderr, flush=True)
     _speak_up()
     try:
         jax.distributed.initialize(
             coordinator,
             count,
             index,
-            initialization_timeout=JOIN_SECONDS,
-            heartbeat_timeout_seconds=seconds,
-            shutdown_timeout_seconds=JOIN_SECONDS,
+            initialization_timeout=seconds["join_seconds"],
+            heartbeat_timeout_seconds=seconds["heartbeat_seconds"],
+            shutdown_timeout_seconds=FINISH_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
         _be_silent()

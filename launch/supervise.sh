@@ -19,11 +19,14 @@
 #     FLOWRL_PAUSE_MAX       600  longest pause
 #     FLOWRL_QUICK_SECONDS   300  a run that ends sooner ended quickly
 #     FLOWRL_QUICK_FAILURES  5    crashes in a row, all quick, after which it gives up (a number)
+#     FLOWRL_JOIN_SECONDS    300  whole seconds that the processes of a run wait for each other
 set -uo pipefail
 
 readonly WRONG_INPUT=2 PREEMPTED=75
 readonly GRACE=${FLOWRL_GRACE_SECONDS:-90}
 readonly QUICK=${FLOWRL_QUICK_SECONDS:-300}
+# A process that is missing is started again, or its host is being installed: worth waiting for.
+export FLOWRL_JOIN_SECONDS=${FLOWRL_JOIN_SECONDS:-300}
 readonly QUICK_FAILURES=${FLOWRL_QUICK_FAILURES:-5}
 
 child='' stopping='' killer=''

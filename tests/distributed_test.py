@@ -25,7 +25,12 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple, dict[str, Any]]
     monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append((a, k)))
     monkeypatch.setattr(distributed, "_configure", lambda: None)
     monkeypatch.setattr(distributed, "_speak_up", lambda: None)
-    for name in ("SLURM_NTASKS", "SLURM_STEP_NODELIST", "FLOWRL_DISTRIBUTED"):
+    for name in (
+        "SLURM_NTASKS",
+        "SLURM_STEP_NODELIST",
+        "FLOWRL_DISTRIBUTED",
+        "FLOWRL_JOIN_SECONDS",
+    ):
         monkeypatch.delenv(name, raising=False)
     return calls
 
@@ -47,6 +52,7 @@ def test_processes_given_by_hand(joined: list, capsys: pytest.CaptureFixture) ->
 def test_a_dead_process_is_noticed_within_a_minute(joined: list) -> None:
     distributed.join(parsed("--distributed=h:1,2,0"))
     assert 2 * joined[0][1]["heartbeat_timeout_seconds"] <= 60
+    assert joined[0][1]["initialization_timeout"] < 60
 
 
 def test_what_slurm_says_is_taken(joined: list, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,6 +75,7 @@ def test_the_environment_may_choose(joined: list, monkeypatch: pytest.MonkeyPatc
     [
         *("--distributed=four", "--distributed=h:1,2", "--distributed=h,2,0"),
         *("--distributed=h:1,2,2", "--distributed=h:1,0,0", "--heartbeat_seconds=0"),
+        "--join_seconds=0",
     ],
 )
 def test_mistakes(joined: list, word: str) -> None:
