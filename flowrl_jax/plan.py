@@ -84,7 +84,7 @@ def plan(
         "model": {
             "parameters": shape.num_parameters,
             "layers": shape.num_layers,
-            "attention": shape.attention,
+            "attention": shape.attention if compiled else config.model.attention,
             "remat": shape.remat,
         },
         "micro_batch_size": learner.micro_batch(config.rows_per_update),

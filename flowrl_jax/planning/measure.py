@@ -1,14 +1,17 @@
 """What the compiler makes of a program: memory, operations, transfers, and an estimate of time."""
 
+import contextlib
 import dataclasses
 import math
 import re
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from flowrl_jax.learner import Learner
 from flowrl_jax.planning import hlo
@@ -125,13 +128,27 @@ def compile_program(lowered: Any) -> Compiled:
         jax.errors.JaxRuntimeError: the compiler refuses it, for want of memory or otherwise.
     """
     # The executable of a large program does not give its text; a dump always has it.
-    with tempfile.TemporaryDirectory(prefix="flowrl_plan_") as folder:
+    with tempfile.TemporaryDirectory(prefix="flowrl_plan_") as folder, _without_cache():
         dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         executable = lowered.compile(compiler_options=COMPILER_OPTIONS | dump)
         texts = [file.read_text() for file in Path(folder).glob("*after_codegen.txt")]
         text = max(texts, key=len) if texts else executable.as_text()
     module = hlo.parse(text)
     return Compiled(executable, module, tuple(hlo.executed(module, branch_weight(module))))
+
+
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    """Keeps programs for absent devices out of jax's cache, which could not give them back."""
+    settings: Any = jax.config
+    kept = settings.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # it remembers whether it is used
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", kept)
+        compilation_cache.reset_cache()
 
 
 def measure(
@@ -157,7 +174,7 @@ def measure(
     began = time.perf_counter()
     try:
         compiled = compile_program(program.lower())
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # the compiler's, and jax's own
         found = _refused(known, program, learner, topology, " ".join(str(error).split()))
         return dataclasses.replace(found, compile_seconds=time.perf_counter() - began)
     found = _with_memory(known, program, compiled, topology)

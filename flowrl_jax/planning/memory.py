@@ -22,8 +22,7 @@ from flowrl_jax.learner import Learner
 from flowrl_jax.models.architecture import TransformerConfig
 from flowrl_jax.models.attention import CHUNK
 from flowrl_jax.objectives import objective_of
-from flowrl_jax.planning.programs import Program
-from flowrl_jax.train_step import abstract_policy, abstract_state
+from flowrl_jax.planning.programs import Program, policy_shapes, state_shapes
 
 _STATE, _TRAINED = 12, 18  # bytes a trained parameter: weight and moments; gradients beside them
 
@@ -51,9 +50,9 @@ def resident_bytes(config: Config, learner: Learner) -> dict[str, float]:
         config: the settings.
         learner: of the run.
     """
-    policy = device_bytes(abstract_policy(learner))
-    state, _ = abstract_state(learner, num_prompts=config.rows_per_update)
-    trained, adapters = device_bytes(state), learner.model.config.lora.rank > 0
+    policy = device_bytes(policy_shapes(learner))
+    trained = device_bytes(state_shapes(learner, config.rows_per_update))
+    adapters = learner.model.config.lora.rank > 0
     # Adapters' frozen weights are the reference at the same time.
     frozen = policy if adapters or objective_of(config.loss).needs_reference(config.loss) else 0.0
     return {

@@ -1,6 +1,7 @@
 """The programs of a run, lowered for devices that are not there."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -11,18 +12,21 @@ import jax.numpy as jnp
 from flowrl_jax.assembly import layout_of
 from flowrl_jax.config import Config
 from flowrl_jax.errors import InputError
-from flowrl_jax.learner import Learner, check_batch
+from flowrl_jax.learner import Learner, TrainStepConfig, check_batch
 from flowrl_jax.masking import positions_from_mask
 from flowrl_jax.models.architecture import TransformerConfig
 from flowrl_jax.models.attention import Columns
 from flowrl_jax.models.decode import decode_params, forward_cached, read_prompts, unembed
 from flowrl_jax.models.transformer import Transformer
 from flowrl_jax.objectives import objective_of
-from flowrl_jax.optimizer import make_optimizer
+from flowrl_jax.optimizer import OptimizerConfig, make_optimizer
 from flowrl_jax.planning.shapes import planned_shape
 from flowrl_jax.sharding import Layout, make_mesh, sampling_layout
 from flowrl_jax.train_step import abstract_policy, abstract_state, make_score, make_train_step
 from flowrl_jax.types import TrainBatch
+
+Built = tuple[Callable[[], Any], tuple[Any, ...]]
+_WITHOUT_SPLASH = ("TPU v2", "TPU v3")  # their compiler refuses the kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Program:
 
     Attributes:
         name: "train_step", "score", "prefill" or "decode".
-        build: makes the jitted function and the shapes of its arguments.
+        build: gives a maker of the jitted function, and the shapes of its arguments.
         layout: where its activations live.
         rows: responses or prompts that it computes at one time, over all devices.
         columns: tokens that it computes of a row.
@@ -42,7 +46,7 @@ class Program:
     """
 
     name: str
-    build: Callable[[], tuple[Any, tuple[Any, ...]]]
+    build: Callable[[], Built]
     layout: Layout
     rows: int
     columns: int
@@ -58,8 +62,8 @@ class Program:
 
     def lower(self) -> Any:
         """Lowers it for the planned devices."""
-        function, arguments = self.build()
-        return function.lower(*arguments)
+        make, arguments = self.build()
+        return make().lower(*arguments)
 
 
 def planned_learner(config: Config, devices: Sequence[Any]) -> Learner:
@@ -75,15 +79,13 @@ def planned_learner(config: Config, devices: Sequence[Any]) -> Learner:
     mesh = make_mesh(config.mesh, devices)
     cut = max(config.rollout.tensor, 1)
     model = planned_shape(config.model, vocab_multiple=math.lcm(64, mesh.shape["tensor"], cut))
-    model = dataclasses.replace(model, attention=_attention(model, devices[0].platform))
+    model = dataclasses.replace(model, attention=_attention(model, devices[0]))
     log_z = getattr(config.loss, "log_z", None)
     train_log_z = log_z is not None and log_z.kind == "head"
     learner = Learner(
         model=Transformer(model),
         objective=config.loss,
-        optimizer=make_optimizer(
-            config.optimizer, config.steps, config.updates, train_log_z=train_log_z
-        ),
+        optimizer=_optimizer(config.optimizer, config.steps, config.updates, train_log_z),
         group_size=config.rollout.group_size,
         temperature=config.rollout.temperature,
         config=config.train.step,
@@ -97,13 +99,51 @@ def planned_learner(config: Config, devices: Sequence[Any]) -> Learner:
     return learner
 
 
-def _attention(model: TransformerConfig, platform: str) -> str:
-    """The kernel of a config, or where that names none of a platform's the one to choose there."""
-    if model.attention != "xla":
-        return model.attention
-    if platform == "tpu":
-        return "splash"
-    return "xla" if model.attention_softcap else "cudnn"
+@functools.cache  # one object for equal settings, so that learners can be equal
+def _optimizer(config: OptimizerConfig, steps: int, updates: int, train_log_z: bool) -> Any:
+    return make_optimizer(config, steps, updates, train_log_z=train_log_z)
+
+
+def policy_shapes(learner: Learner) -> Any:
+    """`train_step.abstract_policy`, traced once for learners that differ in their steps alone."""
+    return _policy(dataclasses.replace(learner, config=TrainStepConfig()))
+
+
+def state_shapes(learner: Learner, num_prompts: int) -> Any:
+    """The shapes of `train_step.abstract_state`, traced once likewise.
+
+    Args:
+        learner: of the run.
+        num_prompts: size of a log Z table.
+    """
+    return _state(dataclasses.replace(learner, config=TrainStepConfig()), num_prompts)
+
+
+@functools.lru_cache(maxsize=4)
+def _policy(learner: Learner) -> Any:
+    return abstract_policy(learner)
+
+
+@functools.lru_cache(maxsize=4)
+def _state(learner: Learner, num_prompts: int) -> Any:
+    return abstract_state(learner, num_prompts)[0]
+
+
+def _attention(model: TransformerConfig, device: Any) -> str:
+    """The kernel to plan with: on TPU splash, where there is one, unless the config names another.
+
+    Raises:
+        InputError: the config names the kernel of another platform.
+    """
+    tpu = device.platform == "tpu"
+    if model.attention == ("cudnn" if tpu else "splash"):
+        raise InputError(
+            f"model.attention={model.attention!r} is a kernel for {'GPUs' if tpu else 'TPUs'}: set"
+            f" {'splash' if tpu else 'cudnn'!r} for this topology, or 'xla'"
+        )
+    if not tpu:
+        return "xla"  # shapes are all that is asked for, and cuDNN need not be installed
+    return model.attention if device.device_kind in _WITHOUT_SPLASH else "splash"
 
 
 def _check_rollouts(config: Config, learner: Learner, hosts: int) -> None:
@@ -205,8 +245,8 @@ def _key(layout: Layout) -> Any:
     return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=layout.replicated)
 
 
-def _train_step(learner: Learner, arrays: _Arrays, rows: int) -> tuple[Any, tuple[Any, ...]]:
-    state, _ = abstract_state(learner, num_prompts=rows)
+def _train_step(learner: Learner, arrays: _Arrays, rows: int) -> Built:
+    state = state_shapes(learner, rows)
     prompt_mask, response_mask = arrays.masks(rows)
     logprobs = arrays.rows(rows, arrays.length, dtype=jnp.float32)
     ids = arrays.rows(rows, dtype=jnp.int32)
@@ -220,20 +260,18 @@ def _train_step(learner: Learner, arrays: _Arrays, rows: int) -> tuple[Any, tupl
         prompt_id=ids,
         row_id=ids,
     )
-    base = (abstract_policy(learner),) if learner.model.config.lora.rank else ()
-    step: Any = make_train_step(learner, num_prompts=rows)
-    return step, (state, batch, _key(arrays.layout), *base)
+    base = (policy_shapes(learner),) if learner.model.config.lora.rank else ()
+    make = functools.partial(make_train_step, learner, num_prompts=rows)
+    return make, (state, batch, _key(arrays.layout), *base)
 
 
-def _score(learner: Learner, arrays: _Arrays, rows: int) -> tuple[Any, tuple[Any, ...]]:
+def _score(learner: Learner, arrays: _Arrays, rows: int) -> Built:
     tokens, masks = arrays.tokens(rows), arrays.masks(rows)
-    score: Any = make_score(learner)
-    return score, (abstract_policy(learner), tokens, *masks)
+    make = functools.partial(make_score, learner)
+    return make, (policy_shapes(learner), tokens, *masks)
 
 
-def _prefill(
-    learner: Learner, within: Layout, arrays: _Arrays, prompts: int
-) -> tuple[Any, tuple[Any, ...]]:
+def _prefill(learner: Learner, within: Layout, arrays: _Arrays, prompts: int) -> Built:
     """Every prompt once; weights come from the layout of training into that of sampling."""
     config = learner.model.config
 
@@ -252,11 +290,11 @@ def _prefill(
     rows = None if whole else "batch"
     cache = within.sharding(rows, "kv_heads", None, "head_dim")
     outputs = (within.sharding(rows, "vocab"), cache)
-    compiled = jax.jit(prefill, out_shardings=outputs)
-    return compiled, (abstract_policy(learner), tokens, mask)
+    make = functools.partial(jax.jit, prefill, out_shardings=outputs)
+    return make, (policy_shapes(learner), tokens, mask)
 
 
-def _decode(learner: Learner, arrays: _Arrays, rows: int) -> tuple[Any, tuple[Any, ...]]:
+def _decode(learner: Learner, arrays: _Arrays, rows: int) -> Built:
     """One token of every row, over a cache of the full length."""
     config, layout = learner.model.config, learner.layout
     columns = arrays.width + arrays.length
@@ -266,7 +304,7 @@ def _decode(learner: Learner, arrays: _Arrays, rows: int) -> tuple[Any, tuple[An
         sharding=layout.sharding("batch", "kv_heads", "seq", "head_dim"),
     )
     caches = ((cache, cache),) * config.num_layers
-    weights = jax.eval_shape(lambda params: decode_params(params, config), abstract_policy(learner))
+    weights = jax.eval_shape(lambda params: decode_params(params, config), policy_shapes(learner))
     weights = _sharded_like(weights, learner)
 
     def decode(weights, caches, token, position, real, column):
@@ -279,12 +317,13 @@ def _decode(learner: Learner, arrays: _Arrays, rows: int) -> tuple[Any, tuple[An
     one = arrays.rows(rows, 1, dtype=jnp.int32)
     real = arrays.rows(rows, columns, dtype=bool)
     column = jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.replicated)
-    return jax.jit(decode, donate_argnums=1), (weights, caches, one, one, real, column)
+    make = functools.partial(jax.jit, decode, donate_argnums=1)
+    return make, (weights, caches, one, one, real, column)
 
 
 def _sharded_like(weights: Any, learner: Learner) -> Any:
     """Decoding's weights, cut as the policy's are; layers are apart and have no axis of layers."""
-    policy = abstract_policy(learner)
+    policy = policy_shapes(learner)
 
     def drop(x, whole):
         spec = tuple(whole.sharding.spec)[1:]

@@ -87,11 +87,15 @@ def corrections(
         measured: its programs.
     """
     learner = planned_learner(config, topology.devices)
-    expected = {p.name: estimated_bytes(p, learner)[1] for p in programs(config, learner)}
-    return {
-        one.name: max(one.peak_bytes - one.argument_bytes, 0.0) / expected[one.name]
+    beside = {
+        one.name: max(one.peak_bytes - one.argument_bytes, 0.0)
         for one in measured
         if not one.estimated and one.peak_bytes
+    }
+    return {
+        program.name: beside[program.name] / estimated_bytes(program, learner)[1]
+        for program in programs(config, learner)
+        if program.name in beside
     }
 
 
