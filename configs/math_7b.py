@@ -90,6 +90,9 @@ def get_config(preset: str = "flowrl_paper") -> ml_collections.ConfigDict:
         updates_per_rollout=16,  # of 32 prompts each
         epochs=1,
         micro_batch_size=-1,  # the release cuts by tokens, 10,240 a device: one longest response
+        # Ours: a row of 2048 + 2048 tokens takes less than 40 % of the time of the longest. Each is
+        # a few programs more, of minutes at most and kept by --compilation_cache; a run has days.
+        length_buckets=(2048, 4096),
     )
     config.eval.update(
         every=5,
