@@ -98,7 +98,7 @@ def get_config() -> ml_collections.ConfigDict:
         "updates_per_rollout": 16,  # optimiser steps a rollout is cut into; released 16 (math)
         "epochs": 1,  # passes over a rollout
         "micro_batch_size": 0,  # responses held at one time on all devices; 0: all, -1: one a shard
-        "logprob_chunk": 256,  # tokens of a response whose logits are held at one time
+        "logprob_chunk": 256,  # logits held at one time, counted in tokens of each response
         "length_buckets": (),  # what responses are cut to in learning besides their limit
     }
     config.sft = {

@@ -246,7 +246,7 @@ class TrainConfig:
         micro_batch_size: responses whose activations are held at one time, over all devices;
             0 means those of a whole optimiser step, -1 one for each part of the batch
             (data x fsdp).
-        logprob_chunk: tokens of a response whose logits are held at one time.
+        logprob_chunk: logits held at one time, counted in tokens of each response.
         length_buckets: lengths that responses are cut to in learning, increasing, below
             `rollout.max_response_length`, which is always one more; see `buckets`.
     """

@@ -17,7 +17,7 @@ class TrainStepConfig:
     Attributes:
         micro_batch_size: responses whose activations are held at one time, over all devices; 0
             means all, -1 one for each part that the mesh cuts the batch into.
-        logprob_chunk: tokens of a response whose logits are held at one time.
+        logprob_chunk: logits held at one time, counted in tokens of each response.
         length_buckets: lengths that responses are cut to, see `buckets`; the longest that may be
             sampled is always one more.
     """

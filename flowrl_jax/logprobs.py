@@ -1,10 +1,12 @@
 """Token log-probabilities from hidden states, without ever holding `[B, T, V]`.
 
 For a vocabulary of 152k and 10k tokens the logits of one sequence are 6 GB in float32. Here the
-sequence is cut into chunks; a chunk's logits live only while its log-probabilities are computed,
-and the backward pass computes them again.
+vocabulary is cut into blocks; a block's logits live only until they are added to the sums that the
+log-probabilities are made of, and the backward pass computes them again. So every block of the
+unembedding has the whole of its gradient from one matrix product, over all tokens.
 """
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -12,22 +14,7 @@ import jax.numpy as jnp
 
 from flowrl_jax.sharding import active_layout, constrain
 
-
-def _chunks(x: jax.Array, size: int, parts: int) -> jax.Array:
-    """`[B, T, ...]` to `[N, B, C, size, ...]` with T = C x N x size, padding T with zeros.
-
-    Rows that are cut into C parts over devices are cut into chunks within each part.
-    """
-    batch, length = x.shape[:2]
-    pad = -length % (parts * size)
-    x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(batch, parts, -1, size, *x.shape[2:]), 2, 0)
-
-
-def _unchunk(x: jax.Array, length: int) -> jax.Array:
-    """Inverse of `_chunks`."""
-    x = jnp.moveaxis(x, 0, 2)
-    return x.reshape(x.shape[0], -1, *x.shape[4:])[:, :length]
+_LANES = 128  # blocks of a multiple of it, where the vocabulary has such a divisor
 
 
 def vocabulary_logits(
@@ -69,7 +56,8 @@ def token_logprobs(
         unembedding: `[D, V]`, in the dtype of `hidden`.
         targets: `[B, T]` int32 in `[0, V)`.
         temperature: logits are divided by it, as they were when the tokens were sampled.
-        chunk_size: tokens of a row whose logits are held at one time.
+        chunk_size: logits are held at one time that are as many as those of this number of tokens
+            of each row.
         softcap: see `vocabulary_logits`.
         num_tokens: see `vocabulary_logits`.
 
@@ -79,85 +67,105 @@ def token_logprobs(
     return _forward(hidden, unembedding, targets, temperature, chunk_size, softcap, num_tokens)[0]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Blocks:
+    """A vocabulary in blocks; of each of its parts on devices a block has `size` ids.
+
+    Attributes:
+        weight: `[D, parts, count x size]`, not cut along D: gathered once, not at every block.
+        count: of blocks.
+        tokens: ids that exist.
+    """
+
+    weight: jax.Array
+    count: int
+    tokens: int
+
+    @property
+    def size(self) -> int:
+        """Ids of a block in each part."""
+        return self.weight.shape[2] // self.count
+
+    def block(self, i: jax.Array) -> jax.Array:
+        """`[D, parts, size]`."""
+        return jax.lax.dynamic_slice_in_dim(self.weight, i * self.size, self.size, axis=2)
+
+    def ids(self, i: jax.Array) -> jax.Array:
+        """`[parts, size]` int32."""
+        first = jnp.arange(self.weight.shape[1])[:, None] * self.weight.shape[2]
+        return first + i * self.size + jnp.arange(self.size)
+
+    def logits(self, i: jax.Array, hidden: jax.Array, softcap: float) -> jax.Array:
+        """`[B, T, parts, size]` float32; minus infinity for ids that do not exist."""
+        logits = jnp.einsum(
+            "btd,dps->btps", hidden, self.block(i), preferred_element_type=jnp.float32
+        )
+        if softcap:
+            logits = softcap * jnp.tanh(logits / softcap)
+        return jnp.where(self.ids(i) < self.tokens, logits, -jnp.inf)
+
+
+def _blocks(unembedding: jax.Array, length: int, chunk_size: int, num_tokens: int) -> _Blocks:
+    width, vocab = unembedding.shape
+    layout = active_layout()
+    parts = 1 if layout is None else layout.shards("vocab")
+    wanted = -(-length // chunk_size)
+    smooth = (n for n in range(wanted, 2 * wanted) if vocab % (parts * n * _LANES) == 0)
+    count = next(smooth, min(wanted, vocab))
+    size = -(-vocab // (parts * count))
+    weight = constrain(unembedding, "activation_embed", "vocab")
+    weight = jnp.pad(weight, ((0, 0), (0, parts * count * size - vocab)))
+    return _Blocks(weight.reshape(width, parts, count * size), count, num_tokens or vocab)
+
+
 def _forward(hidden, unembedding, targets, temperature, chunk_size, softcap, num_tokens):
-    length = hidden.shape[1]
-    cut = _cutting(length, chunk_size)
-    weight = _gathered(unembedding)
+    blocks = _blocks(unembedding, hidden.shape[1], chunk_size, num_tokens)
 
-    def chunk(_, inputs):
-        hidden_chunk, targets_chunk = inputs
-        logits = vocabulary_logits(hidden_chunk, weight, softcap, num_tokens) / temperature
-        normaliser = jax.nn.logsumexp(logits, axis=-1)
+    def add(sums, i):
+        largest, total, chosen = sums
+        logits = blocks.logits(i, hidden, softcap) / temperature
         # A sum rather than a look-up, which would gather logits that are cut over the vocabulary.
-        own = jnp.arange(logits.shape[-1]) == targets_chunk[..., None]
-        chosen = jnp.sum(jnp.where(own, logits, 0.0), axis=-1)
-        return None, (chosen - normaliser, normaliser)
+        own = blocks.ids(i) == targets[..., None, None]
+        chosen += jnp.sum(jnp.where(own, logits, 0.0), axis=(2, 3))
+        # Block 0 holds id 0, so that the largest so far is finite from there on.
+        new = jnp.maximum(largest, jnp.max(logits, axis=(2, 3)))
+        block = jnp.sum(jnp.exp(logits - new[..., None, None]), axis=(2, 3))
+        return (new, total * jnp.exp(largest - new) + block, chosen), None
 
-    _, (logprobs, normaliser) = jax.lax.scan(
-        chunk, None, (_chunks(hidden, *cut), _chunks(targets, *cut))
-    )
-    residuals = (hidden, unembedding, targets, normaliser)
-    return _unchunk(logprobs, length), residuals
+    zeros = jnp.zeros(targets.shape, jnp.float32)
+    sums, _ = jax.lax.scan(add, (zeros - jnp.inf, zeros, zeros), jnp.arange(blocks.count))
+    largest, total, chosen = sums
+    normaliser = largest + jnp.log(total)
+    return chosen - normaliser, (hidden, unembedding, targets, normaliser)
 
 
 def _backward(temperature, chunk_size, softcap, num_tokens, residuals, cotangent):
     hidden, unembedding, targets, normaliser = residuals
-    batch, length = hidden.shape[:2]
-    cut = _cutting(length, chunk_size)
-    weight = _gathered(unembedding)
-    shards = _batch_shards(batch)
-    by_shard = lambda x: x.reshape(shards, -1, *x.shape[1:])  # noqa: E731
+    blocks = _blocks(unembedding, hidden.shape[1], chunk_size, num_tokens)
 
-    def chunk(weight_grad, inputs):
-        hidden_chunk, targets_chunk, normaliser_chunk, cotangent_chunk = inputs
-        logits = vocabulary_logits(hidden_chunk, weight, softcap, num_tokens)
-        probs = jnp.exp(logits / temperature - normaliser_chunk[..., None])
-        own = jnp.arange(logits.shape[-1]) == targets_chunk[..., None]
-        logits_grad = (own - probs) * (cotangent_chunk / temperature)[..., None]
+    def add(hidden_grad, i):
+        logits = blocks.logits(i, hidden, softcap)
+        probs = jnp.exp(logits / temperature - normaliser[..., None, None])
+        own = blocks.ids(i) == targets[..., None, None]
+        logits_grad = (own - probs) * (cotangent / temperature)[..., None, None]
         if softcap:
             # Ids that do not exist have no gradient, and minus infinity must not make it NaN.
             slope = 1.0 - (logits / softcap) ** 2
             logits_grad *= jnp.where(jnp.isfinite(slope), slope, 0.0)
         logits_grad = logits_grad.astype(hidden.dtype)
-        hidden_grad = jnp.einsum("bctv,dv->bctd", logits_grad, weight)
-        # The sum over chunks is kept in float32: in bfloat16 it would lose the small terms.
-        weight_grad += jnp.einsum(
-            "sbctd,sbctv->scdv",
-            by_shard(hidden_chunk),
-            by_shard(logits_grad),
-            preferred_element_type=jnp.float32,
+        # Sums over blocks are kept in float32: in bfloat16 they would lose the small terms.
+        hidden_grad += jnp.einsum(
+            "btps,dps->btd", logits_grad, blocks.block(i), preferred_element_type=jnp.float32
         )
-        return constrain(weight_grad, *axes), hidden_grad
+        weight_grad = jnp.einsum("btd,btps->dps", hidden, logits_grad)
+        return hidden_grad, constrain(weight_grad, "embed", "vocab", None)
 
-    # Every part of the batch has a sum of its own, so that they are reduced once, not per chunk.
-    axes = ("batch", "seq", "activation_embed", "vocab")
-    zeros = jnp.zeros((shards, cut[1], *unembedding.shape), jnp.float32)
-    weight_grad, hidden_grad = jax.lax.scan(
-        chunk,
-        constrain(zeros, *axes),
-        (_chunks(hidden, *cut), _chunks(targets, *cut), normaliser, _chunks(cotangent, *cut)),
+    hidden_grad, weight_grad = jax.lax.scan(
+        add, jnp.zeros(hidden.shape, jnp.float32), jnp.arange(blocks.count)
     )
-    weight_grad = weight_grad.sum(axis=(0, 1)).astype(unembedding.dtype)
-    return _unchunk(hidden_grad, length), weight_grad, None
-
-
-def _gathered(unembedding: jax.Array) -> jax.Array:
-    """Cut over the vocabulary alone: gathered once, before the loop over chunks."""
-    return constrain(unembedding, "activation_embed", "vocab")
-
-
-def _cutting(length: int, chunk_size: int) -> tuple[int, int]:
-    """Size of chunks, and parts that a row is cut into over devices."""
-    layout = active_layout()
-    parts = 1 if layout is None else layout.context_shards
-    return min(chunk_size, -(-length // parts)), parts
-
-
-def _batch_shards(batch: int) -> int:
-    """Parts that the rows of a batch are cut into."""
-    layout = active_layout()
-    shards = 1 if layout is None else layout.batch_shards
-    return shards if batch % shards == 0 else 1
+    width, vocab = unembedding.shape
+    weight_grad = jnp.moveaxis(weight_grad, 0, 2).reshape(width, -1)[:, :vocab]
+    return hidden_grad.astype(hidden.dtype), weight_grad.astype(unembedding.dtype), None
 
 
 token_logprobs.defvjp(_forward, _backward)

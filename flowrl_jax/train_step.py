@@ -231,7 +231,9 @@ def train_step(
     micro_batches = _split_rows(with_ids(learner, batch), learner)
 
     def add(sums, rows):
-        return add_rows(learner, state.params, rows, key, base, sums)
+        # Else the compiler casts all weights before the loop, and holds the copy through it.
+        params = jax.lax.optimization_barrier(state.params)
+        return add_rows(learner, params, rows, key, base, sums)
 
     if micro_batches.reward.shape[0] == 1:
         sums, seen = add(None, jax.tree.map(lambda x: x[0], micro_batches))

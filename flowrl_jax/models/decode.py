@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from flowrl_jax.logprobs import vocabulary_logits
 from flowrl_jax.models.attention import Columns
@@ -23,39 +24,48 @@ from flowrl_jax.models.transformer import (
     init_params,
     layer_view,
 )
-from flowrl_jax.sharding import active_layout
+from flowrl_jax.sharding import Layout
 
 
-def decode_params(params: Any, config: TransformerConfig) -> Any:
+def decode_params(params: Any, config: TransformerConfig, layout: Layout | None = None) -> Any:
     """Weights as decoding wants them: in the compute dtype, `layers` a tuple of one tree each.
-
-    Under an active layout they are cut as it says, whatever way `params` are.
 
     Args:
         params: the policy, as `Transformer` holds it.
         config: its shape.
+        layout: that they are to be cut by, whatever way `params` are.
     """
-    params = _placed(jax.tree.map(lambda x: x.astype(config.dtype), params), config)
-    layers = tuple(
+    params = jax.tree.map(lambda x: x.astype(config.dtype), params)
+    layers = [
         jax.tree.map(lambda x: x[i], params["layers"])  # noqa: B023
         for i in range(config.num_layers)
-    )
-    return {**params, "layers": layers}
-
-
-def _placed(params: Any, config: TransformerConfig) -> Any:
-    """Weights cut as the active layout says, if there is one."""
-    layout = active_layout()
+    ]
+    params = {**params, "layers": tuple(layers)}
     if layout is None:
         return params
+    # Layer by layer: a stack of all of them may have to be gathered whole to be cut another way.
+    return jax.lax.with_sharding_constraint(params, decode_shardings(config, layout))
+
+
+def decode_shardings(config: TransformerConfig, layout: Layout) -> Any:
+    """How a layout cuts the weights of `decode_params`.
+
+    Args:
+        config: the decoder's shape.
+        layout: of sampling.
+    """
 
     def boxed():
         key = jax.random.key(0)
         adapters = init_lora(config, key) if config.lora.rank else {}
         return with_adapters(init_params(config, key), adapters)
 
+    def one_layer(sharding):
+        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+
     shardings = layout.tree_shardings(jax.eval_shape(boxed))
-    return jax.lax.with_sharding_constraint(params, shardings)
+    layer = jax.tree.map(one_layer, shardings["layers"])
+    return {**shardings, "layers": (layer,) * config.num_layers}
 
 
 def read_prompts(

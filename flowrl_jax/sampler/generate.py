@@ -167,11 +167,11 @@ def generate(
         )
     prompts = _with_ids(prompts, config.group_size)
     within = sampling_layout or layout
+    weights = decode_params(params, model.config, within)
     with within.activate() if within else contextlib.nullcontext():
         prompts = jax.tree.map(_by_rows, prompts)
         uniforms = _uniforms(key, prompts, config.max_response_length).T
         state = _prefill(params, prompts, uniforms, model.config, config)
-        weights = decode_params(params, model.config)
         state = _decode(state, weights, prompts, uniforms, model.config, config)
     response_mask = jnp.arange(config.max_response_length)[None] < state.length[:, None]
     rollout = Rollout(
