@@ -4,9 +4,11 @@ import atexit
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -25,6 +27,7 @@ from flowrl_jax.sft import sft
 from flowrl_jax.sharding import make_mesh
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+HARD_LIMIT = 600  # seconds; a process that is still there has been forgotten, or waits in vain
 TINY = REPOSITORY / "configs" / "test_tiny.py"
 
 
@@ -92,24 +95,82 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
     }
 
 
-def start(command: str, *arguments: Any, cache_dir: Path | None = None) -> subprocess.Popen:
-    """Starts `python -m flowrl_jax.COMMAND` on one device in the scratch folder.
+def start(
+    command: str, *arguments: Any, cache_dir: Path | None = None, **environment: str
+) -> subprocess.Popen:
+    """Starts `python -m flowrl_jax.COMMAND` in the scratch folder, on one device by default.
 
     Args:
         command: name of the entry point.
         arguments: its words.
         cache_dir: folder of compiled programs, which the process reads and fills.
+        environment: more of it.
     """
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)}
-    environment.pop("XLA_FLAGS", None)
+    variables = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)}
+    variables.pop("XLA_FLAGS", None)
     if cache_dir is not None:
-        environment["JAX_COMPILATION_CACHE_DIR"] = str(cache_dir)
-        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        variables["JAX_COMPILATION_CACHE_DIR"] = str(cache_dir)
+        variables["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    # The alarm outlives exec, and whoever started the process.
+    limited = (
+        "import os, signal, sys; _, seconds, *command = sys.argv; signal.alarm(int(seconds));"
+        " os.execv(command[0], command)"
+    )
+    python = (sys.executable, "-m", f"flowrl_jax.{command}", *map(str, arguments))
     return subprocess.Popen(
-        [sys.executable, "-m", f"flowrl_jax.{command}", *map(str, arguments)],
-        env=environment,
+        [sys.executable, "-S", "-c", limited, str(HARD_LIMIT), *python],
+        env=variables | environment,
         cwd=scratch(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+@contextmanager
+def started_together(
+    command: str, *arguments: Any, count: int, devices: int, cache_dir: Path
+) -> Iterator[list[subprocess.Popen]]:
+    """Starts the processes of one run; whoever is still alive in the end is killed.
+
+    Args:
+        command: name of the entry point.
+        arguments: its words, the same for all.
+        count: of processes; a single one joins nobody.
+        devices: of each process.
+        cache_dir: folder of compiled programs, which the processes read and fill.
+    """
+    environment = {
+        # Programs run for moments here: little is to be gained by compiling them well.
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
+        " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "NPROC": "16",  # threads; how some sums are cut depends on their number
+    }
+    started: list[subprocess.Popen] = []
+    # Bound, but without listening, the port is nobody else's; gRPC may share it.
+    with socket.socket() as port:
+        port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        port.bind(("", 0))
+        address = f"127.0.0.1:{port.getsockname()[1]}"
+        try:
+            for index in range(count):
+                joining = f"{address},{count},{index}" if count > 1 else "none"
+                words = (*arguments, f"--distributed={joining}")
+                started.append(start(command, *words, cache_dir=cache_dir, **environment))
+            yield started
+        finally:
+            for process in started:
+                process.kill()
+                process.communicate()
+
+
+def finish(processes: list[subprocess.Popen], seconds: float = 300.0) -> list[str]:
+    """Waits for processes, and gives what each has said on stderr.
+
+    Raises:
+        subprocess.TimeoutExpired: one of them has not ended in time.
+    """
+    end = time.monotonic() + seconds
+    return [
+        process.communicate(timeout=max(end - time.monotonic(), 0.1))[1] for process in processes
+    ]
