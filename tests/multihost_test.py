@@ -16,13 +16,12 @@ import jax
 import numpy as np
 import pytest
 
-from flowrl_jax.assembly import CHECKPOINTS, assemble
-from flowrl_jax.checkpoint import Checkpointer, saved_steps
+from flowrl_jax.assembly import CHECKPOINTS, assemble, scoring_learner
+from flowrl_jax.checkpoint import restore_log_z, restore_policy, saved_steps
 from flowrl_jax.cli import load_config
 from flowrl_jax.config import parse_config
 from flowrl_jax.graded import read_records
-from flowrl_jax.train import build_loop
-from flowrl_jax.train_step import abstract_state
+from flowrl_jax.train_step import abstract_policy
 from tests.tiny_runs import (
     REPOSITORY,
     final_state,
@@ -81,10 +80,9 @@ def final_parameters(workdir: Path) -> dict:
     changes = {"data.data_dir": str(scratch() / "data"), "task.options.notes": str(workdir)}
     config = parse_config(load_config(str(CONFIG), changes))
     with one_device():
-        loop = build_loop(assemble(config, workdir))
-        abstract, _ = abstract_state(loop.learner, len(loop.source))
-        with Checkpointer(workdir / CHECKPOINTS, config.checkpoint) as checkpointer:
-            return checkpointer.restore(abstract)[0].params
+        abstract = abstract_policy(scoring_learner(assemble(config, workdir)))
+        policy, _ = restore_policy(workdir / CHECKPOINTS, abstract)
+        return {"policy": policy, "log_z": restore_log_z(workdir / CHECKPOINTS)[0]}
 
 
 def assert_same_parameters(workdir: Path, other: Path) -> None:
@@ -106,6 +104,7 @@ def succeed(processes: list[subprocess.Popen]) -> None:
     """Waits for processes, all of which must succeed."""
     errors = finish(processes)
     assert [process.returncode for process in processes] == [0] * len(processes), errors
+    assert not any("error:" in said for said in errors), errors
 
 
 @pytest.fixture(scope="module")
