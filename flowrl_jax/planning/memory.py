@@ -4,12 +4,12 @@ Arguments are counted exactly, from their shapes and shardings. What lives besid
 formula: with float32 master weights and moments, full rematerialisation and flash attention a
 train step needs about
 
-    18 N / s + b T (2 L D + 8 F / t) + 6 V D / t
+    18 N / s + b T (2 L D + 8 (F / t + D)) + 6 V D / t
 
 bytes on a device, 12 N / s of them the train state: N parameters over s shards, b rows of T tokens
 on a device, L layers of width D with an MLP of F, V tokens, t parts of heads, mlp and vocabulary.
-Of some 40 compiled train steps of 7B and 32B all lay within 0.83 and 1.18 of it. The terms for
-other programs and settings follow from the same parts.
+Compiled train steps of 7B and 32B lay within a fifth of it. The terms for other programs and
+settings follow from the same parts.
 """
 
 import math
