@@ -312,7 +312,8 @@ class Transformer(nn.Module):
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
         positions = positions_from_mask(mask) if positions is None else positions
         view = layer_view(self.config, positions, Columns(mask))
-        x, windowed = self.embedding(tokens), jnp.array(self.config.windows)
+        x: Any = self.embedding(tokens)
+        windowed = jnp.array(self.config.windows)
         if gradients is None:
             x, _ = self.layers(x, view, windowed)
         else:
