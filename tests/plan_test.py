@@ -182,6 +182,9 @@ def test_the_last_that_fits_is_found_with_few_questions(count):
             if guess == last:
                 assert len(asked) <= 2
     assert last_true(0, 0, lambda at: True) is None
+    far: list[int] = []
+    assert last_true(200, 0, lambda at: far.append(at) or at <= 170) == 170
+    assert len(far) <= 16
 
 
 def test_sizes_that_can_be_tried():

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from flowrl_jax.assembly import layout_of
+from flowrl_jax.buckets import check_buckets
 from flowrl_jax.config import Config
 from flowrl_jax.errors import InputError
 from flowrl_jax.learner import Learner, TrainStepConfig, check_batch
@@ -95,6 +96,7 @@ def planned_learner(config: Config, devices: Sequence[Any]) -> Learner:
         check_batch(learner, config.rows_per_update)
     except ValueError as error:
         raise InputError(str(error)) from error
+    check_buckets(learner, config.rollout.max_prompt_length)
     _check_rollouts(config, learner, hosts=len({device.process_index for device in devices}))
     return learner
 

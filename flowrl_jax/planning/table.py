@@ -13,7 +13,7 @@ _COLUMNS = (
     ("resident", 9),
     ("TFLOP", 11),
     ("x model", 8),
-    ("GB sent", 9),
+    ("GB in", 9),
     ("s", 10),
     ("compiled in", 13),
 )
@@ -149,5 +149,5 @@ def _notes(found: dict[str, Any]) -> Iterator[str]:
         "GiB on a device; resident: what stays there beside a program's arguments. TFLOP: matrix"
         " products over all devices, and how many times the model's own."
     )
-    yield f"Seconds are estimates: {'; '.join(found['assumptions'])}."
-    yield "A decoded token is taken to attend to the longest response."
+    yield "GB in: what a device receives from others. Seconds are estimates, and assume that"
+    yield from (f"  - {assumption}" for assumption in found["assumptions"])

@@ -17,11 +17,13 @@ ASSUMPTIONS = (
     " closes to a ring",
     "operations, memory and asynchronous collectives overlap completely; collectives that the"
     " compiler left synchronous overlap with nothing",
+    "responses are as long as they may be, and a decoded token attends to the longest one",
 )
 ASSUMPTIONS_OF_FORMULAS = (
     "nothing was compiled: memory is a formula that lay within a fifth of compiled programs",
     "matrix products run at the published peak, and memory and links at their published rates",
     "operations, memory and transfers overlap completely",
+    "responses are as long as they may be, and a decoded token attends to the longest one",
 )
 
 
