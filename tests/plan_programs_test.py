@@ -30,7 +30,8 @@ pytestmark = [
     ),
 ]
 
-PROMPT, RESPONSE, VOCAB, CHUNK, TENSOR = 384, 896, 4608, 64, 2
+PROMPT, RESPONSE, VOCAB, TENSOR = 384, 896, 4608, 2
+BLOCK = VOCAB // TENSOR // 3  # of the vocabulary: three hold the logits of a third of the tokens
 COLUMNS = PROMPT + RESPONSE
 
 
@@ -57,7 +58,7 @@ def small_config() -> Config:
     config.rollout.update(
         prompts_per_step=4, group_size=2, max_prompt_length=PROMPT, max_response_length=RESPONSE
     )
-    config.train.update(updates_per_rollout=1, micro_batch_size=4, logprob_chunk=CHUNK)
+    config.train.update(updates_per_rollout=1, micro_batch_size=4, logprob_chunk=300)
     config.mesh.update(data=1, fsdp=2, tensor=TENSOR)
     return parse_config(config)
 
@@ -84,26 +85,26 @@ def test_nobody_holds_the_logits_of_a_response(made):
         for vocabulary in (VOCAB, VOCAB // TENSOR):
             for tokens in (COLUMNS, RESPONSE):
                 assert not with_axes(held(one.executed), (tokens, vocabulary))
-    chunks = with_axes(held(made["train_step"].executed), (CHUNK, VOCAB // TENSOR))
-    assert chunks, "the sizes are not recognisable any more: nobody holds a chunk's logits either"
+    blocks = with_axes(held(made["train_step"].executed), (RESPONSE, BLOCK))
+    assert blocks, "the sizes are not recognisable any more: nobody holds a block's logits either"
 
 
 @pytest.mark.parametrize("name", ["score", "train_step"])
-def test_the_unembedding_is_not_gathered_chunk_by_chunk(made, name):
+def test_the_unembedding_is_not_gathered_block_by_block(made, name):
     def has_vocabulary(e: Executed) -> bool:
         return any(
             size in shape.dims
             for shape in e.instruction.shapes
-            for size in (VOCAB, VOCAB // TENSOR)
+            for size in (VOCAB, VOCAB // TENSOR, BLOCK)
         )
 
     executed = made[name].executed
     products = [e for e in executed if e.instruction.opcode in ("dot", "convolution")]
-    chunk_loops = {e.loops[-1] for e in products if has_vocabulary(e) and e.loops}
-    assert chunk_loops
-    moved = [e for e in executed if kind_of(e) and e.loops and e.loops[-1] in chunk_loops]
-    names = [e.instruction.name for e in moved if has_vocabulary(e)]
-    assert not names
+    block_loops = {e.loops[-1] for e in products if has_vocabulary(e) and e.loops}
+    assert block_loops
+    gathers = [e for e in executed if kind_of(e) == "all-gather" and has_vocabulary(e)]
+    assert gathers, "the sizes are not recognisable any more: it is gathered nowhere"
+    assert not [e.instruction.name for e in gathers if set(e.loops) & block_loops]
 
 
 def test_the_cache_stays_where_it_is_while_decoding(made):

@@ -317,7 +317,8 @@ def _last_that_fits(
 def last_true(count: int, guess: int, holds: Callable[[int], bool]) -> int | None:
     """The last number from 0 on for which something holds that holds up to some number.
 
-    Two questions are enough where the guess is right; it moves off in growing steps where not.
+    Two questions are enough where the guess is right. Where it is not, growing steps lead to both
+    sides of the border and halves of what is between to the border.
 
     Args:
         count: of numbers.
@@ -331,11 +332,14 @@ def last_true(count: int, guess: int, holds: Callable[[int], bool]) -> int | Non
     at = min(max(guess, 0), count - 1)
     while low + 1 < high:
         if holds(at):
-            low, at = at, at + step
+            low = at
         else:
-            high, at = at, at - step
+            high = at
+        if low >= 0 and high < count:
+            at = (low + high) // 2
+        else:
+            at = min(low + step, high - 1) if low >= 0 else max(high - step, 0)
         step *= 2
-        at = min(max(at, low + 1), high - 1)
     return low if low >= 0 else None
 
 
