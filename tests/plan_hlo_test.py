@@ -277,6 +277,25 @@ def test_bytes_that_a_device_receives(line, kind, received):
         assert bytes_by_axes([found, found]) == {"fsdp+tensor": 2 * received}
 
 
+@pytest.mark.parametrize(
+    "kind, received", [("ALL_REDUCE", 2 * 48), ("ALL_GATHER", 48), ("REDUCE_SCATTER", 3 * 64)]
+)
+def test_collectives_between_slices_are_receives(kind, received):
+    """16 floats arrive; four slices take part, which lie along the mesh's first axis."""
+    attributes = (
+        f'is_host_transfer=true, frontend_attributes={{_xla_megascale_target="{{1,3:5}}x{{0:3}}",'
+        f'_xla_megascale_transfer_type="{kind}"}}'
+    )
+    _, program = entry(f"""
+        %token = token[] after-all()
+        %r = (f32[16]{{0}}, u32[], token[]) recv(%token), channel_id=1, {attributes}
+        %done = (f32[16]{{0}}, token[]) recv-done(%r), channel_id=1, is_host_transfer=true
+        %other = (f32[16]{{0}}, u32[], token[]) recv(%token), channel_id=2
+    """)
+    name = kind.lower().replace("_", "-")
+    assert traffic(program, AXES, SHAPE) == (Traffic(name, "data", 1, received, 0, 0),)
+
+
 def test_a_reduce_scatter_of_the_tpu_compiler_is_one():
     """It is written as a fusion of an all-reduce and a slice; here in a loop of three."""
     others = LOOP.replace("LIMIT", "3").replace("ORDER", "%at, %limit").replace("DIRECTION", "LT")

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -114,7 +115,7 @@ def describe(name: str, slices: int = 1) -> Topology:
     Raises:
         InputError: the name is not known, or the TPU compiler is not installed.
     """
-    chip = CHIPS.get(name.partition(":")[0])
+    chip = CHIPS.get(re.split("[:-]", name)[0])
     if slices < 1:
         raise InputError(f"--slices={slices} must be at least 1")
     if chip is None:

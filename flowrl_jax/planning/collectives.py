@@ -7,6 +7,8 @@ Bytes are those that one device receives where a group of n exchanges along a ri
     all-reduce          2 (n - 1) / n of its operand: a reduce-scatter and an all-gather
     all-to-all          (n - 1) / n of its operand
     collective-permute  its operand
+
+Between slices of TPUs the compiler writes a collective as a send and a receive that name its kind.
 """
 
 import dataclasses
@@ -22,6 +24,8 @@ NO_AXIS = "none"
 
 _IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _PAIR = re.compile(r"\{(\d+),\s*(\d+)\}")
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+_TARGET = re.compile(r'_xla_megascale_target="\{([\d,:]+)\}')
 _MESH = re.compile(r"replica_groups=@?(mesh.*?\{[^{}]*\})")
 _MESH_AXIS = re.compile(r"'?([\w.\-]+)'?=(\d+)")
 _MESH_USED = re.compile(r"'?([\w.\-]+)'?(?::\((\d+)\)(\d+))?")
@@ -55,7 +59,7 @@ def traffic(
 
     Args:
         program: from `hlo.executed`.
-        axes: names of the mesh's axes.
+        axes: names of the mesh's axes; several slices lie along the first.
         shape: their sizes; the program's devices are in the mesh's order.
     """
     sums: dict[tuple[str, str], Traffic] = {}
@@ -63,16 +67,21 @@ def traffic(
         kind = kind_of(e)
         if kind is None:
             continue
-        groups = device_groups(e.instruction, int(np.prod(shape)))
-        received = e.times * _received(e, kind, groups)
-        key = kind, axes_of(groups, axes, shape)
+        if e.instruction.opcode == "recv":
+            over, slices = axes[0], _slices(e.instruction)
+            received = e.times * _between_slices(e.instruction, kind, slices)
+        else:
+            groups = device_groups(e.instruction, int(np.prod(shape)))
+            over = axes_of(groups, axes, shape)
+            received = e.times * _received(e, kind, groups)
+        key = kind, over
         old = sums.get(key, Traffic(*key, 0.0, 0.0, 0.0, 0.0))
         sums[key] = Traffic(
             *key,
             old.count + e.times,
             old.bytes + received,
             old.loop_bytes + received * bool(e.loops),
-            old.waiting_bytes + received * (not e.asynchronous),
+            old.waiting_bytes + received * (not _overlaps(e)),
         )
     return tuple(sorted(sums.values(), key=lambda one: -one.bytes))
 
@@ -88,6 +97,9 @@ def bytes_by_axes(collectives: Iterable[Traffic]) -> dict[str, float]:
 def kind_of(e: Executed) -> str | None:
     """The kind of a collective; None for other instructions and for the end of a collective."""
     opcode = e.instruction.opcode.removesuffix("-start")
+    if opcode == "recv":
+        between = _BETWEEN_SLICES.search(e.instruction.attributes)
+        return between[1].lower().replace("_", "-") if between else None
     if opcode == "all-reduce" and e.fused.startswith("all-reduce-scatter"):
         return "reduce-scatter"  # the TPU compiler's way to write one down
     return opcode if opcode in KINDS else None
@@ -135,6 +147,28 @@ def axes_of(groups: Sequence[np.ndarray], axes: Sequence[str], shape: Sequence[i
         places = np.array(np.unravel_index(group, tuple(shape)))
         differ |= (places != places[:, :1]).any(axis=1)
     return "+".join(name for name, used in zip(axes, differ, strict=True) if used) or NO_AXIS
+
+
+def _overlaps(e: Executed) -> bool:
+    return e.asynchronous or e.instruction.opcode == "recv"
+
+
+def _slices(instruction: Instruction) -> int:
+    """How many slices a collective between slices joins: of "{1,2}x{0:3}" two."""
+    target = _TARGET.search(instruction.attributes)
+    count = 0
+    for part in target[1].split(",") if target else ():
+        first, _, last = part.partition(":")
+        count += int(last or first) - int(first) + 1
+    return max(count, 1)
+
+
+def _between_slices(instruction: Instruction, kind: str, slices: int) -> float:
+    """Bytes that a device receives from other slices; what arrives is the collective's result."""
+    result = instruction.shapes[0].bytes
+    if kind == "reduce-scatter":
+        return result * (slices - 1)
+    return result * (slices - 1) / slices * (2 if kind == "all-reduce" else 1)
 
 
 def _received(e: Executed, kind: str, groups: Sequence[np.ndarray]) -> float:
