@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -35,7 +34,17 @@ from flowrl_jax.train import train
 from flowrl_jax.train_step import abstract_state
 from flowrl_jax.types import PromptBatch
 from tests.tiny import tiny_config, tiny_params
-from tests.tiny_runs import REPOSITORY, TINY, one_device, scratch, start, tiny_arguments, tiny_run
+from tests.tiny_runs import (
+    REPOSITORY,
+    TINY,
+    finish,
+    one_device,
+    scratch,
+    start,
+    started_together,
+    tiny_arguments,
+    tiny_run,
+)
 
 FILE = "model.safetensors"
 LENGTH = 13  # of greedy texts; with their prompt they are as long as the tiny run's may be
@@ -380,23 +389,6 @@ def export_slowly(run: str, out: str) -> None:
     sys.exit(convert.main(["export", f"--run={run}", f"--out={out}"]))
 
 
-def convert_as_one_of_two(port: str, process: str, folder: str, run: str) -> None:
-    jax.distributed.initialize(f"localhost:{port}", 2, int(process))
-    place = Path(folder)
-    codes = [
-        convert.main(["export", f"--run={run}", f"--out={place / 'a'}"]),
-        convert.main(
-            ["import", f"--config={TINY}", f"--config.model.path={place / 'a'}",
-             f"--out={place / 'b'}"]
-        ),
-        convert.main(["export", f"--run={place / 'b'}", f"--out={place / 'c'}"]),
-        convert.main(["export", f"--run={run}", f"--out={place / 'd'}", "--dtype=float16"]),
-    ]  # fmt: skip
-    (place / "file").touch()
-    codes.append(convert.main(["export", f"--run={run}", f"--out={place / 'file' / 'e'}"]))
-    print(codes, flush=True)
-
-
 def begin(*arguments: Any, devices: int) -> subprocess.Popen:
     environment = {
         **os.environ,
@@ -432,23 +424,42 @@ def test_killed_export_leaves_no_folder_and_the_next_one_cleans_up(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+def convert_in_two(*arguments: Any) -> tuple[list[int], list[str]]:
+    """Exit codes of two processes that convert together, and what each says on stderr."""
+    cache = scratch() / "programs"
+    with started_together("convert", *arguments, count=2, devices=2, cache_dir=cache) as processes:
+        said = finish(processes)
+    return [process.returncode for process in processes], said
+
+
 @pytest.mark.slow
 def test_two_processes_write_one_folder(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    name, run = "convert_as_one_of_two", trained()
-    processes = [begin(name, port, i, tmp_path, run, devices=2) for i in range(2)]
-    outputs = [process.communicate(timeout=300) for process in processes]
-    for out, err in outputs:
-        assert out.endswith("[0, 0, 0, 0, 2]\n"), err
-    # One says what was wrong, and the other that it was the first.
-    assert "cannot be written" in outputs[0][1] and "process 0" in outputs[1][1]
+    for arguments in (
+        ["export", f"--run={trained()}", f"--out={tmp_path / 'a'}"],
+        [
+            *("import", f"--config={TINY}", f"--config.model.path={tmp_path / 'a'}"),
+            f"--out={tmp_path / 'b'}",
+        ],
+        ["export", f"--run={tmp_path / 'b'}", f"--out={tmp_path / 'c'}"],
+    ):
+        codes, said = convert_in_two(*arguments)
+        assert codes == [0, 0], said
     for folder in ("a", "c"):
         assert_same_bits(tensors(tmp_path / folder), tensors(exported()))
     for name in ("log_z/log_z.safetensors", "config.json", "generation_config.json"):
         assert (tmp_path / "a" / name).read_bytes() == (exported() / name).read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "d", "file"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
+
+
+@pytest.mark.slow
+def test_two_processes_fail_as_one(tmp_path):
+    """One says what was wrong, and the other that it was the first."""
+    (tmp_path / "file").touch()
+    codes, said = convert_in_two(
+        "export", f"--run={trained()}", f"--out={tmp_path / 'file' / 'out'}"
+    )
+    assert codes == [2, 2]
+    assert "cannot be written" in said[0] and "process 0" in said[1]
 
 
 @pytest.mark.slow
