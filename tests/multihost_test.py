@@ -4,6 +4,7 @@ The processes are real ones that meet over loopback. What they compile dominates
 runs serve all tests.
 """
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -24,7 +25,6 @@ from flowrl_jax.graded import read_records
 from flowrl_jax.train_step import abstract_policy
 from tests.tiny_runs import (
     REPOSITORY,
-    final_state,
     finish,
     metrics,
     one_device,
@@ -35,7 +35,7 @@ from tests.tiny_runs import (
 pytestmark = pytest.mark.slow
 
 CONFIG = REPOSITORY / "tests" / "tally_config.py"
-STEPS, EVERY = 12, 4  # as in the config
+STEPS, EVERY = 12, 6  # as in the config
 ROWS = 16  # of a process in a step: four prompts with four responses each
 # Another layout takes some sums in another order, which changes the last bits of float32, 1e-7;
 # twelve steps make more of them. The figures are of the order of 1.
@@ -64,15 +64,13 @@ def judged(workdir: Path) -> dict[int, list[int]]:
     return {int(file.name): [int(n) for n in file.read_text().split()] for file in notes.iterdir()}
 
 
-def assert_same_figures(workdir: Path, other: Path, first: int = 0) -> None:
-    """Metrics of every step from `first` on are close."""
-    records, others = ([r for r in metrics(d) if r["step"] >= first] for d in (workdir, other))
-    assert [r["step"] for r in records] == [r["step"] for r in others] == [*range(first, STEPS + 1)]
-    for record, expected in zip(records, others, strict=True):
-        assert record.keys() == expected.keys()
+def assert_same_figures(records: list[dict], expected: list[dict]) -> None:
+    """Metrics of every step are close."""
+    assert [list(record) for record in records] == [list(record) for record in expected]
+    for record, other in zip(records, expected, strict=True):
         for name, value in record.items():
             where = f"{name} of step {record['step']}"
-            np.testing.assert_allclose(value, expected[name], **CLOSE, err_msg=where)
+            np.testing.assert_allclose(value, other[name], **CLOSE, err_msg=where)
 
 
 def final_parameters(workdir: Path) -> dict:
@@ -107,12 +105,6 @@ def succeed(processes: list[subprocess.Popen]) -> None:
     assert not any("error:" in said for said in errors), errors
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of all runs; `programs` in it is a cache that no process which is to be killed may use."""
-    return tmp_path_factory.mktemp("multihost")
-
-
 def run_all(folder: Path, *runs: tuple[str, list[str], int, int]) -> None:
     """Has runs at the same time, all of which must succeed.
 
@@ -130,70 +122,77 @@ def run_all(folder: Path, *runs: tuple[str, list[str], int, int]) -> None:
         succeed(processes)
 
 
+@dataclasses.dataclass
+class Story:
+    """What happened to a run that was begun by two processes and finished by one.
+
+    Attributes:
+        run: its folder.
+        codes: of the two processes, the second of which was killed.
+        said: by the first on stderr.
+        seconds: that the first lived on.
+        judged: prompts that each had judged by then.
+        figures: metrics that it had written by then.
+        stopped: exit codes after it was resumed, and the second was told to stop.
+        stopped_saying: the last line of each.
+        saved: the latest checkpoint then.
+    """
+
+    run: Path
+    codes: list[int]
+    said: str
+    seconds: float
+    judged: dict[int, list[int]]
+    figures: list[dict]
+    stopped: list[int] = dataclasses.field(default_factory=list)
+    stopped_saying: list[str] = dataclasses.field(default_factory=list)
+    saved: int = 0
+
+
 @pytest.fixture(scope="module")
-def runs(folder: Path) -> tuple[Path, Path]:
-    """The same run by one process with 8 devices and by two with 4 each."""
-    alone, pair = folder / "alone", folder / "pair"
-    run_all(folder, ("train", words(alone), 1, 8), ("train", words(pair), 2, 4))
-    return alone, pair
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of all runs and the programs that they compile."""
+    return tmp_path_factory.mktemp("multihost")
 
 
-def test_two_processes_are_one_run(runs: tuple[Path, Path]) -> None:
-    alone, pair = runs
-    assert_same_figures(pair, alone)
-    assert_same_parameters(pair, alone)
-    rewards = [record["rollout/reward_mean"] for record in metrics(pair)[1:]]
-    assert len(set(rewards)) > 6 and 0.3 < np.mean(rewards) < 0.7
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> tuple[Path, Story]:
+    """A run that one process with 8 devices does alone; and one that has seen more."""
+    alone, run = folder / "alone", folder / "run"
+    cache = folder / "programs"
+    with started_together("train", *words(alone), count=1, devices=8, cache_dir=cache) as single:
+        story = killed(run, cache)
+        told_to_stop(story, cache)
+        succeed(single)
+    return alone, story
 
 
-def test_each_process_judges_its_own_rows(runs: tuple[Path, Path]) -> None:
-    """Half of the prompts each, and together those that a process alone judges."""
-    alone, pair = map(judged, runs)
-    assert (len(pair[0]), len(pair[1]), len(alone[0])) == (STEPS * ROWS,) * 2 + (STEPS * 2 * ROWS,)
-    steps = [slice(step * ROWS, (step + 1) * ROWS) for step in range(STEPS)]
-    assert alone[0] == [prompt for step in steps for host in (0, 1) for prompt in pair[host][step]]
+def killed(run: Path, cache: Path) -> Story:
+    """Begins a run in two processes, and kills one between two checkpoints."""
+    short = words(run, "--heartbeat_seconds=5")
+    with started_together("train", *short, count=2, devices=4, cache_dir=cache) as processes:
+        wait_for_steps(processes, run, EVERY + 3)
+        processes[1].kill()
+        began = time.monotonic()
+        said = finish(processes)[0]
+    codes, seconds = [process.returncode for process in processes], time.monotonic() - began
+    return Story(run, codes, said, seconds, judged(run), metrics(run))
 
 
-def test_checkpoints_go_from_one_layout_to_another(runs: tuple[Path, Path], folder: Path) -> None:
-    """Two processes go on with what one wrote; one, with another mesh, with what two wrote."""
-    alone, pair = runs
-    in_two = rewound(alone, folder / "in_two", EVERY)
-    in_one = rewound(pair, folder / "in_one", EVERY)
-    mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=1", "--config.mesh.tensor=2")
-    run_all(
-        folder,
-        ("train", words(in_two, "--resume"), 2, 4),
-        ("train", words(in_one, "--resume", *mesh), 1, 4),
-    )
-    for workdir in (in_two, in_one):
-        assert_same_figures(workdir, alone, first=EVERY + 1)
-        assert_same_parameters(workdir, alone)
+def told_to_stop(story: Story, cache: Path) -> None:
+    """Resumes a run in two processes, and tells one of them to stop."""
+    again = words(story.run, "--resume")
+    with started_together("train", *again, count=2, devices=4, cache_dir=cache) as processes:
+        wait_for_steps(processes, story.run, 3)
+        processes[1].terminate()
+        story.stopped_saying = [said.splitlines()[-1] for said in finish(processes)]
+    story.stopped = [process.returncode for process in processes]
+    story.saved = saved_steps(story.run / CHECKPOINTS)[-1]
 
 
-def test_other_commands_join_too(runs: tuple[Path, Path], folder: Path) -> None:
-    """Two processes evaluate what training evaluated, and fine-tune as one does."""
-    _, pair = runs
-    summary, samples = folder / "summary.json", folder / "samples.jsonl"
-    given = [f"--run={pair}", f"--json={summary}", f"--out={samples}"]
-    in_two, in_one = folder / "sft_in_two", folder / "sft_in_one"
-    run_all(
-        folder,
-        ("evaluate", settings(pair) + given, 2, 4),
-        ("sft", words(in_two), 2, 4),
-        ("sft", words(in_one), 1, 8),
-    )
-    trained = metrics(pair)[-1]
-    for name, figure in json.loads(summary.read_text()).items():
-        np.testing.assert_allclose(figure["mean"], trained[f"eval/{name}"], **CLOSE)
-    assert [record["prompt_id"] for record in read_records(samples)] == list(range(8))
-    for record, expected in zip(metrics(in_two), metrics(in_one), strict=True):
-        np.testing.assert_allclose(list(record.values()), list(expected.values()), **CLOSE)
-    assert_same_parameters(in_two, in_one)
-
-
-def wait_for_steps(processes: list[subprocess.Popen], workdir: Path, count: int) -> None:
+def wait_for_steps(processes: list[subprocess.Popen], run: Path, count: int) -> None:
     """Waits until the second process has judged the responses of some more steps."""
-    notes = workdir.with_suffix(".notes") / "1"
+    notes = run.with_suffix(".notes") / "1"
     size = notes.stat().st_size if notes.exists() else 0
     while (notes.read_bytes()[size:] if notes.exists() else b"").count(b"\n") < ROWS * count:
         for process in processes:
@@ -201,39 +200,82 @@ def wait_for_steps(processes: list[subprocess.Popen], workdir: Path, count: int)
         time.sleep(0.01)
 
 
-def test_a_run_survives_what_happens_to_its_processes(
-    runs: tuple[Path, Path], folder: Path
-) -> None:
-    """One is killed, which takes down the other; one is told to stop, and both save that step."""
-    _, pair = runs
-    workdir = folder / "survivor"
+def test_two_processes_are_one_run(runs: tuple[Path, Story]) -> None:
+    alone, story = runs
+    expected = metrics(alone)
+    assert [record["step"] for record in expected] == list(range(STEPS + 1))
+    assert len(story.figures) > EVERY + 1
+    assert_same_figures(story.figures, expected[: len(story.figures)])
+    rewards = [record["rollout/reward_mean"] for record in expected[1:]]
+    assert len(set(rewards)) > STEPS // 2 and 0.3 < np.mean(rewards) < 0.7
 
-    def again(number: int):
-        # A process that is killed may leave half an entry in its cache.
-        programs = folder / f"programs_{number}"
-        shutil.copytree(folder / "programs", programs)
-        arguments = words(workdir, "--resume", "--heartbeat_seconds=5")
-        return started_together("train", *arguments, count=2, devices=4, cache_dir=programs)
 
-    with again(0) as processes:
-        wait_for_steps(processes, workdir, EVERY + 2)
-        processes[1].kill()
-        began = time.monotonic()
-        (said, _), codes = finish(processes, 60), [process.returncode for process in processes]
-    assert time.monotonic() - began < 30
-    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, 2, 75)
-    last = said.strip().splitlines()[-1]
+def test_each_process_judges_its_own_rows(runs: tuple[Path, Story]) -> None:
+    """Half of the prompts each, and together those that a process alone judges."""
+    alone, story = runs
+    whole = judged(alone)
+    assert set(whole) == {0} and len(whole[0]) == STEPS * 2 * ROWS
+    assert set(story.judged) == {0, 1}
+    for step in range(EVERY + 3):
+        here = [story.judged[process][step * ROWS : (step + 1) * ROWS] for process in (0, 1)]
+        assert here[0] + here[1] == whole[0][step * 2 * ROWS : (step + 1) * 2 * ROWS]
+
+
+def test_a_killed_process_takes_the_other_down(runs: tuple[Path, Story]) -> None:
+    _, story = runs
+    assert story.codes[1] == -signal.SIGKILL and story.codes[0] not in (0, 2, 75)
+    assert story.seconds < 30
+    last = story.said.strip().splitlines()[-1]
     assert last.startswith("error: ") and "another process" in last and "--resume" in last
 
-    with again(1) as processes:
-        wait_for_steps(processes, workdir, 1)
-        processes[1].terminate()
-        errors = finish(processes)
-        assert [process.returncode for process in processes] == [75, 75], errors
-    assert all("start again with --resume" in said.splitlines()[-1] for said in errors)
-    assert len({said.splitlines()[-1] for said in errors}) == 1  # the same step
 
-    with again(2) as processes:
-        succeed(processes)
-    assert metrics(workdir) == metrics(pair)
-    assert final_state(workdir) == final_state(pair)
+def test_resumed_after_the_kill_bit_for_bit(runs: tuple[Path, Story]) -> None:
+    _, story = runs
+    before, after = (
+        {record["step"]: record for record in r} for r in (story.figures, metrics(story.run))
+    )
+    again = [step for step in before if EVERY < step < story.saved]
+    assert again
+    assert [before[step] for step in again] == [after[step] for step in again]
+
+
+def test_told_to_stop_both_save_the_same_step(runs: tuple[Path, Story]) -> None:
+    _, story = runs
+    assert story.stopped == [75, 75]
+    last = f"preempted: saved step {story.saved}; start again with --resume"
+    assert story.stopped_saying == [last, last]
+
+
+def test_checkpoints_go_from_one_layout_to_another(runs: tuple[Path, Story], folder: Path) -> None:
+    """One process, with another mesh, goes on with what two wrote; two with what one wrote."""
+    alone, story = runs
+    in_two = rewound(alone, folder / "in_two", EVERY)
+    mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=1", "--config.mesh.tensor=2")
+    run_all(
+        folder,
+        ("train", words(story.run, "--resume", *mesh), 1, 4),
+        ("train", words(in_two, "--resume"), 2, 4),
+    )
+    for run in (story.run, in_two):
+        assert_same_figures(metrics(run), metrics(alone))
+        assert_same_parameters(run, alone)
+
+
+def test_other_commands_join_too(runs: tuple[Path, Story], folder: Path) -> None:
+    """Two processes evaluate what one has trained as it did, and fine-tune as it does."""
+    alone, _ = runs
+    summary, samples = folder / "summary.json", folder / "samples.jsonl"
+    given = [f"--run={alone}", f"--json={summary}", f"--out={samples}"]
+    in_two, in_one = folder / "sft_in_two", folder / "sft_in_one"
+    run_all(
+        folder,
+        ("evaluate", settings(alone) + given, 2, 4),
+        ("sft", words(in_two), 2, 4),
+        ("sft", words(in_one), 1, 8),
+    )
+    trained = metrics(alone)[-1]
+    for name, figure in json.loads(summary.read_text()).items():
+        np.testing.assert_allclose(figure["mean"], trained[f"eval/{name}"], **CLOSE)
+    assert [record["prompt_id"] for record in read_records(samples)] == list(range(8))
+    assert_same_figures(metrics(in_two), metrics(in_one))
+    assert_same_parameters(in_two, in_one)

@@ -54,7 +54,7 @@ def get_config(objective: str = "flowrl") -> ml_collections.ConfigDict:
     # rounding errors, and Adam would make whole steps of them.
     config.optimizer.eps = 1e-3
     config.eval.update(every=12, prompts=8)
-    config.checkpoint.update(every=4, keep=9)
+    config.checkpoint.update(every=6, keep=9)
     config.sft.steps = 2
     config.metrics.tensorboard = False
     return config

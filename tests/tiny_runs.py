@@ -111,6 +111,9 @@ def start(
     if cache_dir is not None:
         variables["JAX_COMPILATION_CACHE_DIR"] = str(cache_dir)
         variables["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    if sys.dont_write_bytecode:  # then importing takes most of what a short run takes
+        variables["PYTHONDONTWRITEBYTECODE"] = ""
+        variables["PYTHONPYCACHEPREFIX"] = str(scratch() / "bytecode")
     # The alarm outlives exec, and whoever started the process.
     limited = (
         "import os, signal, sys; _, seconds, *command = sys.argv; signal.alarm(int(seconds));"
