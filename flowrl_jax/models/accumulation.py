@@ -41,7 +41,8 @@ def run_layers(
 
 def _forward(block, params, gradients, x, shared, each):
     def step(x, layer):
-        return block(layer[0], x, shared, layer[1]), x
+        params, own = layer
+        return block(_as_stored(params), x, shared, own), x
 
     x, inputs = jax.lax.scan(step, x, (params, each))
     return x, (params, gradients, inputs, shared, each)
@@ -54,13 +55,30 @@ def _backward(block, residuals, cotangent):
     def step(carry, layer):
         gradients, cotangent = carry
         i, params, x, own = layer
-        _, pull = jax.vjp(lambda params, x: block(params, x, shared, own), params, x)
+        run = lambda params, x: block(params, x, shared, own)  # noqa: E731
+        _, pull = jax.vjp(run, _as_stored(params), x)
         gradient, cotangent = pull(cotangent)
         return (jax.tree.map(lambda sum, g: sum.at[i].add(g), gradients, gradient), cotangent), None
 
     layers = (jnp.arange(count), params, inputs, each)
     (gradients, cotangent), _ = jax.lax.scan(step, (gradients, cotangent), layers, reverse=True)
     return gradients, None, cotangent, None, None
+
+
+def _as_stored(params):
+    """A layer's parameters, which are not cast before it is that layer's turn.
+
+    Else the compiler casts all layers together, before the loop, and holds the copy through it. It
+    sees through a barrier that a cast follows, but not through one around integers.
+    """
+
+    def keep(x):
+        if x.dtype != jnp.float32:
+            return x
+        bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+        return jax.lax.bitcast_convert_type(jax.lax.optimization_barrier(bits), x.dtype)
+
+    return jax.tree.map(keep, params)
 
 
 run_layers.defvjp(_forward, _backward)

@@ -8,9 +8,13 @@ import jax.numpy as jnp
 
 from flowrl_jax.models.rotary import RopeScaling
 
+PROJECTED = "projected"  # what the products of activations with kernels are called
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(PROJECTED),
+    ),
 }
 ACTIVATIONS = {
     "silu": jax.nn.silu,

@@ -18,6 +18,7 @@ from flowrl_jax.models.accumulation import run_layers
 from flowrl_jax.models.architecture import ACTIVATIONS, REMAT_POLICIES, TransformerConfig
 from flowrl_jax.models.attention import Columns, attend
 from flowrl_jax.models.lora import lora_term
+from flowrl_jax.models.projection import project
 from flowrl_jax.models.rotary import Rotation, rotary, rotary_table
 from flowrl_jax.sharding import constrain
 
@@ -80,6 +81,17 @@ def _bias(module: nn.Module, name: str, shape, axes) -> jax.Array:
 
 def _kernel_init(config: TransformerConfig):
     return nn.initializers.normal(config.init_std)
+
+
+def _project(
+    module: nn.Module, rows: jax.Array, kernels: dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
+) -> list[jax.Array]:
+    """Rows `[R, D]` times kernels of a module, given by shape and names of axes: `[R, F]` each."""
+    axes = tuple(axes for _, axes in kernels.values())
+    init = _kernel_init(module.config)
+    values = tuple(_param(module, name, init, *kernel) for name, kernel in kernels.items())
+    outs = project(rows, values, axes)
+    return [out + lora_term(module, name, rows) for name, out in zip(kernels, outs, strict=True)]
 
 
 class RMSNorm(nn.Module):
@@ -151,10 +163,8 @@ class Attention(nn.Module):
         else:
             out = jax.lax.cond(windowed, kinds[True], kinds[False], query, key, value)
         shape = (config.num_heads, config.head_dim, config.embed_dim)
-        axes = ("heads", "head_dim", "embed")
-        kernel = _param(self, "out", _kernel_init(config), shape, axes)
         rows = jnp.swapaxes(out, 1, 2).reshape(-1, config.num_heads * config.head_dim)
-        out = rows @ kernel.reshape(-1, config.embed_dim) + lora_term(self, "out", rows)
+        (out,) = _project(self, rows, {"out": (shape, ("heads", "head_dim", "embed"))})
         if config.out_bias:
             out += _bias(self, "out", (config.embed_dim,), ("norm",))
         return out.reshape(x.shape), (key, value)
@@ -166,24 +176,26 @@ class Attention(nn.Module):
         three times faster from matrices than from `[B, T, D]` arrays; elsewhere it is the same.
         """
         config = self.config
-        rows = x.reshape(-1, config.embed_dim)
+        heads = {"heads": config.num_heads, "kv_heads": config.num_kv_heads}
+        kinds = {"query": "heads", "key": "kv_heads", "value": "kv_heads"}
+        kernels = {
+            name: ((config.embed_dim, heads[axis], config.head_dim), ("embed", axis, "head_dim"))
+            for name, axis in kinds.items()
+        }
+        outs = _project(self, x.reshape(-1, config.embed_dim), kernels)
 
-        def project(name, heads, axis):
-            shape = (config.embed_dim, heads, config.head_dim)
-            axes = ("embed", axis, "head_dim")
-            kernel = _param(self, name, _kernel_init(config), shape, axes)
-            out = rows @ kernel.reshape(config.embed_dim, -1) + lora_term(self, name, rows)
-            out = jnp.swapaxes(out.reshape(*x.shape[:2], heads, config.head_dim), 1, 2)
+        def split(name, out):
+            axes = (kinds[name], "head_dim")
+            shape = (heads[axes[0]], config.head_dim)
+            out = jnp.swapaxes(out.reshape(*x.shape[:2], *shape), 1, 2)
             if config.qkv_bias:
-                out += _bias(self, name, shape[1:], axes[1:])[:, None]
-            return constrain(out, "batch", axis, "seq", "head_dim")
+                out += _bias(self, name, shape, axes)[:, None]
+            return constrain(out, "batch", axes[0], "seq", "head_dim")
 
-        query = project("query", config.num_heads, "heads")
-        key = project("key", config.num_kv_heads, "kv_heads")
+        query, key, value = map(split, kinds, outs)
         if config.qk_norm:
             query = RMSNorm(config, name="query_norm")(query)
             key = RMSNorm(config, name="key_norm")(key)
-        value = project("value", config.num_kv_heads, "kv_heads")
         return rotary(query, rotation), rotary(key, rotation), value
 
 
@@ -196,19 +208,21 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         config = self.config
 
-        def project(name, rows, shape, axes):
-            kernel = _param(self, name, _kernel_init(config), shape, axes)
-            out = rows @ kernel + lora_term(self, name, rows)
-            if config.mlp_bias:
-                axis = "norm" if axes[1] == "embed" else axes[1]
-                out += _bias(self, name, shape[1:], (axis,))
-            return out
+        sizes = {"embed": config.embed_dim, "mlp": config.mlp_dim}
 
-        rows = x.reshape(-1, config.embed_dim)
-        into, axes = (config.embed_dim, config.mlp_dim), ("embed", "mlp")
-        gate, up = project("gate", rows, into, axes), project("up", rows, into, axes)
+        def dense(rows, axes, *names):
+            shape = tuple(sizes[axis] for axis in axes)
+            outs = _project(self, rows, {name: (shape, axes) for name in names})
+            if not config.mlp_bias:
+                return outs
+            axis = "norm" if axes[1] == "embed" else axes[1]
+            biases = [_bias(self, name, shape[1:], (axis,)) for name in names]
+            return [out + bias for out, bias in zip(outs, biases, strict=True)]
+
+        gate, up = dense(x.reshape(-1, config.embed_dim), ("embed", "mlp"), "gate", "up")
         hidden = constrain(ACTIVATIONS[config.activation](gate) * up, "batch", "mlp")
-        return project("down", hidden, into[::-1], axes[::-1]).reshape(x.shape)
+        (down,) = dense(hidden, ("mlp", "embed"), "down")
+        return down.reshape(x.shape)
 
 
 class Block(nn.Module):
