@@ -154,19 +154,17 @@ def _step_programs(learner: Learner, num_prompts: int) -> tuple[Callable, Callab
         base_shardings = (jax.tree.map(lambda x: x.sharding, abstract_policy(learner)),)
 
     def add(length, params, step, sums, batch, rows, key, *base):
-        with layout.activate():
-            part = _take(with_ids(learner, batch), rows, length)
-            key = jax.random.fold_in(key, step)
-            return add_rows(learner, params, part, key, base[0] if base else None, sums)
+        part = _take(with_ids(learner, batch), rows, length)
+        key = jax.random.fold_in(key, step)
+        return add_rows(learner, params, part, key, base[0] if base else None, sums)
 
     def finish(state, sums, seen):
-        with layout.activate():
-            seen = jax.tree.map(lambda *parts: jnp.stack(parts), *seen)
-            return finish_step(learner, state, sums, seen)
+        seen = jax.tree.map(lambda *parts: jnp.stack(parts), *seen)
+        return finish_step(learner, state, sums, seen)
 
     return (
         jax.jit(lambda: zero_sums(shapes.params), out_shardings=sums_shardings),
-        jax.jit(
+        layout.jit(
             add,
             static_argnums=0,
             donate_argnums=3,
@@ -176,7 +174,7 @@ def _step_programs(learner: Learner, num_prompts: int) -> tuple[Callable, Callab
             out_shardings=(sums_shardings, whole),
         ),
         # The sums are not donated: there is nothing of their kind among the results to become.
-        jax.jit(
+        layout.jit(
             finish,
             donate_argnums=0,
             in_shardings=(states, sums_shardings, whole),
@@ -223,11 +221,10 @@ def make_scores(learner: Learner) -> Callable:
     def some(length, logprobs, policy, tokens, prompt_mask, response_mask, rows):
         tokens = tokens[:, : prompt_mask.shape[1] + length]
         arrays = (tokens, prompt_mask, response_mask[:, :length])
-        with layout.activate():
-            found, _ = response_logprobs(learner, policy, *(_rows(x, rows) for x in arrays))
+        found, _ = response_logprobs(learner, policy, *(_rows(x, rows) for x in arrays))
         return logprobs.at[rows, :length].set(found, mode="promise_in_bounds")
 
-    some = jax.jit(some, static_argnums=0, donate_argnums=1, out_shardings=layout.batch)
+    some = layout.jit(some, static_argnums=0, donate_argnums=1, out_shardings=layout.batch)
 
     def scores(policy, tokens, prompt_mask, response_mask, lengths):
         size = math.gcd(lengths.size, learner.micro_batch(lengths.size))

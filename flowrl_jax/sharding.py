@@ -8,8 +8,9 @@ cut over. Meshes have the axes `data`, `fsdp`, `context` and `tensor`; on one de
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -39,6 +40,10 @@ RULES: tuple[tuple[str, Any], ...] = (
     ("lora", None),
 )
 CONTEXT_RULES = {"seq": "context", "embed": ("fsdp", "context")}
+
+# By platform. On TPUs a matrix product must not be cut into a loop of its own with the transfer of
+# its operand: by the compiler's own estimate that is slower, and it takes memory.
+COMPILER_OPTIONS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +167,26 @@ class Layout:
                 f"rows of {columns} tokens (rollout.max_prompt_length + max_response_length) do not"
                 f" divide over mesh.context={self.context_shards}: choose a multiple of it"
             )
+
+    def jit(self, function: Callable, **settings: Any) -> Any:
+        """`jax.jit` of a function that is traced with this layout active.
+
+        Args:
+            function: to compile.
+            settings: further arguments of `jax.jit`.
+        """
+
+        @functools.wraps(function)
+        def within(*arguments):
+            with self.activate():
+                return function(*arguments)
+
+        return jax.jit(within, compiler_options=self.compiler_options, **settings)
+
+    @property
+    def compiler_options(self) -> dict[str, str] | None:
+        """What programs for these devices are compiled with, if anything."""
+        return COMPILER_OPTIONS.get(self.mesh.devices.flat[0].platform)
 
     @property
     def context_shards(self) -> int:

@@ -1,6 +1,7 @@
 """One optimiser step, and the log-probabilities it compares with: jitted programs over a mesh."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -340,12 +341,8 @@ def make_train_step(learner: Learner, num_prompts: int) -> Callable:
     if learner.model.config.lora.rank:
         in_shardings += (jax.tree.map(lambda x: x.sharding, abstract_policy(learner)),)
 
-    def step(state, batch, key, *base):
-        with layout.activate():
-            return train_step(state, batch, key, *base, learner=learner)
-
-    return jax.jit(
-        step,
+    return layout.jit(
+        functools.partial(train_step, learner=learner),
         in_shardings=in_shardings,
         out_shardings=(state_shardings, layout.replicated),
         donate_argnums=0,
@@ -358,7 +355,6 @@ def make_score(learner: Learner) -> Callable:
     The old and the reference log-probabilities; rows go through in micro-batches, so that memory
     stays that of a train step.
     """
-    layout = learner.layout
 
     def score(params, tokens, prompt_mask, response_mask):
         rows = tokens.shape[0]
@@ -371,8 +367,7 @@ def make_score(learner: Learner) -> Callable:
             lambda x: jnp.moveaxis(x.reshape(size, rows // size, *x.shape[1:]), 1, 0),
             (tokens, prompt_mask, response_mask),
         )
-        with layout.activate():
-            logprobs = jax.lax.map(some, arrays)
+        logprobs = jax.lax.map(some, arrays)
         return jnp.moveaxis(logprobs, 0, 1).reshape(rows, -1)
 
-    return jax.jit(score, out_shardings=layout.batch)
+    return learner.layout.jit(score, out_shardings=learner.layout.batch)

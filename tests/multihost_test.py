@@ -247,16 +247,16 @@ def test_told_to_stop_both_save_the_same_step(runs: tuple[Path, Story]) -> None:
 
 
 def test_checkpoints_go_from_one_layout_to_another(runs: tuple[Path, Story], folder: Path) -> None:
-    """One process, with another mesh, goes on with what two wrote; two with what one wrote."""
+    """One process, with another mesh, goes on with what two wrote; four with what one wrote."""
     alone, story = runs
-    in_two = rewound(alone, folder / "in_two", EVERY)
+    in_four = rewound(alone, folder / "in_four", EVERY)
     mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=1", "--config.mesh.tensor=2")
     run_all(
         folder,
         ("train", words(story.run, "--resume", *mesh), 1, 4),
-        ("train", words(in_two, "--resume"), 2, 4),
+        ("train", words(in_four, "--resume"), 4, 2),
     )
-    for run in (story.run, in_two):
+    for run in (story.run, in_four):
         assert_same_figures(metrics(run), metrics(alone))
         assert_same_parameters(run, alone)
 

@@ -30,10 +30,6 @@ from flowrl_jax.planning.operations import branch_weight, kernel_flops, matmul_f
 from flowrl_jax.planning.programs import Program
 from flowrl_jax.planning.times import Seconds, estimate
 
-# FSDP's matrix products must not be cut into loops of their own with their transfers: they are
-# slower by the compiler's own estimate, and their memory and operations are hidden in them.
-COMPILER_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
-
 _USED = re.compile(
     r"[Uu]sed ([\d.]+)([KMGT])i? of [\d.]+[KMGT]i? hbm|\(([\d.]+)([KMGT])\) exceeds available HBM"
 )
@@ -130,7 +126,7 @@ def compile_program(lowered: Any) -> Compiled:
     # The executable of a large program does not give its text; a dump always has it.
     with tempfile.TemporaryDirectory(prefix="flowrl_plan_") as folder, _without_cache():
         dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-        executable = lowered.compile(compiler_options=COMPILER_OPTIONS | dump)
+        executable = lowered.compile(compiler_options=dump)
         texts = [file.read_text() for file in Path(folder).glob("*after_codegen.txt")]
         text = max(texts, key=len) if texts else executable.as_text()
     module = hlo.parse(text)

@@ -278,10 +278,9 @@ def _prefill(learner: Learner, within: Layout, arrays: _Arrays, prompts: int) ->
     config = learner.model.config
 
     def prefill(params, tokens, mask):
-        with within.activate():
-            positions = positions_from_mask(mask)
-            hidden, caches = read_prompts(params, config, tokens, positions, mask)
-            return unembed(params, config, hidden[:, -1]), caches
+        positions = positions_from_mask(mask)
+        hidden, caches = read_prompts(params, config, tokens, positions, mask)
+        return unembed(params, config, hidden[:, -1]), caches
 
     # One row of each group: fewer than shards, perhaps, and then every device holds them all.
     whole = prompts % within.batch_shards > 0
@@ -292,7 +291,7 @@ def _prefill(learner: Learner, within: Layout, arrays: _Arrays, prompts: int) ->
     rows = None if whole else "batch"
     cache = within.sharding(rows, "kv_heads", None, "head_dim")
     outputs = (within.sharding(rows, "vocab"), cache)
-    make = functools.partial(jax.jit, prefill, out_shardings=outputs)
+    make = functools.partial(within.jit, prefill, out_shardings=outputs)
     return make, (policy_shapes(learner), tokens, mask)
 
 
@@ -310,16 +309,15 @@ def _decode(learner: Learner, arrays: _Arrays, rows: int) -> Built:
     weights = _sharded_like(weights, learner)
 
     def decode(weights, caches, token, position, real, column):
-        with layout.activate():
-            hidden, caches = forward_cached(
-                weights, config, token, position, Columns(real, column), caches
-            )
-            return unembed(weights, config, hidden[:, 0]), caches
+        hidden, caches = forward_cached(
+            weights, config, token, position, Columns(real, column), caches
+        )
+        return unembed(weights, config, hidden[:, 0]), caches
 
     one = arrays.rows(rows, 1, dtype=jnp.int32)
     real = arrays.rows(rows, columns, dtype=bool)
     column = jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.replicated)
-    make = functools.partial(jax.jit, decode, donate_argnums=1)
+    make = functools.partial(layout.jit, decode, donate_argnums=1)
     return make, (weights, caches, one, one, real, column)
 
 

@@ -8,7 +8,7 @@ as every row has ended.
 
 import contextlib
 import dataclasses
-from functools import partial
+import functools
 from typing import Any
 
 import jax
@@ -125,7 +125,6 @@ def _record(state: _State, token, logprob, caches, config: SamplerConfig) -> _St
     )
 
 
-@partial(jax.jit, static_argnames=("model", "config", "layout", "sampling_layout"))
 def generate(
     params: Any,
     prompts: PromptBatch,
@@ -165,6 +164,26 @@ def generate(
             f" sampler.group_size={config.group_size}: pass every prompt that many times, in"
             " adjacent rows"
         )
+    options = layout.compiler_options if layout else None
+    compiled = _compiled(tuple((options or {}).items()))
+    return compiled(
+        params,
+        prompts,
+        key,
+        model=model,
+        config=config,
+        layout=layout,
+        sampling_layout=sampling_layout,
+    )
+
+
+@functools.cache
+def _compiled(options: tuple[tuple[str, str], ...]) -> Any:
+    static = ("model", "config", "layout", "sampling_layout")
+    return jax.jit(_generate, static_argnames=static, compiler_options=dict(options) or None)
+
+
+def _generate(params, prompts, key, *, model, config, layout, sampling_layout) -> Rollout:
     prompts = _with_ids(prompts, config.group_size)
     within = sampling_layout or layout
     weights = decode_params(params, model.config, within)
