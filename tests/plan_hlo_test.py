@@ -315,6 +315,26 @@ def test_a_reduce_scatter_of_the_tpu_compiler_is_one():
     assert found == Traffic("reduce-scatter", "tensor", 3, 3 * 128, 3 * 128, 3 * 128)
 
 
+def test_a_collective_beside_a_product_is_one():
+    """The TPU compiler writes it where it starts, with the product, and where it ends."""
+    names = ("start", "async_collective_fusion.7", "done")
+    gather = "%g = f32[64]{0} all-gather(%input), replica_groups=[2,4]<=[8]"
+    ends = ("custom-call(%g), custom_call_target=\"AsyncCollectiveStart\"", "copy(%g)",
+            "custom-call(%g), custom_call_target=\"AsyncCollectiveDone\"")  # fmt: skip
+    others = "".join(
+        f"\n%{name} (input: f32[16]) -> f32[64] {{\n  %input = f32[16]{{0}} parameter(0)\n"
+        f"  {gather}\n  ROOT %out = f32[64]{{0}} {end}\n}}\n"
+        for name, end in zip(names, ends, strict=True)
+    )
+    lines = ["%x = f32[16]{0} parameter(0)"]
+    lines += [
+        f"%{letter} = f32[64]{{0}} fusion(%x), kind=kCustom, calls=%{name}"
+        for letter, name in zip("abc", names, strict=True)
+    ]
+    _, program = entry("\n".join(lines), others)
+    assert traffic(program, AXES, SHAPE) == (Traffic("all-gather", "fsdp+tensor", 1, 3 * 64, 0, 0),)
+
+
 def test_aliases_and_shapes_of_the_header_are_read():
     text = (
         "HloModule m, input_output_alias={ {0}: (0, {}, may-alias), {1}: (3, {}, must-alias) },"

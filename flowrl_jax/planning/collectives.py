@@ -9,6 +9,8 @@ Bytes are those that one device receives where a group of n exchanges along a ri
     collective-permute  its operand
 
 Between slices of TPUs the compiler writes a collective as a send and a receive that name its kind.
+One that runs beside matrix products it writes several times: where it starts, with each of the
+products, and where it ends.
 """
 
 import dataclasses
@@ -24,6 +26,7 @@ NO_AXIS = "none"
 
 _IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _PAIR = re.compile(r"\{(\d+),\s*(\d+)\}")
+_ASYNC_STAGE = re.compile(r'custom_call_target="AsyncCollective(Start|Done)"')
 _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _TARGET = re.compile(r'_xla_megascale_target="\{([\d,:]+)\}')
 _MESH = re.compile(r"replica_groups=@?(mesh.*?\{[^{}]*\})")
@@ -95,11 +98,13 @@ def bytes_by_axes(collectives: Iterable[Traffic]) -> dict[str, float]:
 
 
 def kind_of(e: Executed) -> str | None:
-    """The kind of a collective; None for other instructions and for the end of a collective."""
+    """The kind of a collective where it begins; None for its other stages and for the rest."""
     opcode = e.instruction.opcode.removesuffix("-start")
     if opcode == "recv":
         between = _BETWEEN_SLICES.search(e.instruction.attributes)
         return between[1].lower().replace("_", "-") if between else None
+    if e.fused.startswith("async_collective_fusion") or _async_stage(e) == "Done":
+        return None
     if opcode == "all-reduce" and e.fused.startswith("all-reduce-scatter"):
         return "reduce-scatter"  # the TPU compiler's way to write one down
     return opcode if opcode in KINDS else None
@@ -150,7 +155,19 @@ def axes_of(groups: Sequence[np.ndarray], axes: Sequence[str], shape: Sequence[i
 
 
 def _overlaps(e: Executed) -> bool:
-    return e.asynchronous or e.instruction.opcode == "recv"
+    return e.asynchronous or e.instruction.opcode == "recv" or _async_stage(e) == "Start"
+
+
+def _async_stage(e: Executed) -> str:
+    """Whether a fused collective is written down as "Start" or "Done"; empty if as neither."""
+    if not e.fused:
+        return ""
+    stages = (
+        _ASYNC_STAGE.search(i.attributes)
+        for i in e.computation.instructions.values()
+        if i.opcode == "custom-call"
+    )
+    return next((stage[1] for stage in stages if stage), "")
 
 
 def _slices(instruction: Instruction) -> int:
