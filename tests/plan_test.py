@@ -104,9 +104,9 @@ def test_what_stays_on_a_device_beside_a_program():
     learner = planned_learner(config, absent(8))
     found = resident_bytes(config, learner)
     policy = 4 * 7.6156e9 / 8
-    assert found["train_step"] == pytest.approx(policy, rel=0.01)  # the reference
-    assert found["decode"] == pytest.approx(4 * policy, rel=0.03)  # and weights and moments
-    assert found["prefill"] == found["score"] == pytest.approx(3 * policy, rel=0.03)
+    assert found["train_step"] == pytest.approx(policy / 2, rel=0.01)  # the reference, in bfloat16
+    assert found["decode"] == pytest.approx(3.5 * policy, rel=0.04)  # and weights and moments
+    assert found["prefill"] == found["score"] == pytest.approx(2.5 * policy, rel=0.04)  # log Z
     adapters = math_7b.get_config()
     adapters.model.lora.rank = 8
     config = parse_config(adapters)

@@ -50,11 +50,17 @@ def resident_bytes(config: Config, learner: Learner) -> dict[str, float]:
         config: the settings.
         learner: of the run.
     """
-    policy = device_bytes(policy_shapes(learner))
+    shapes = policy_shapes(learner)
+    policy = device_bytes(shapes)
     trained = device_bytes(state_shapes(learner, config.rows_per_update))
     adapters = learner.model.config.lora.rank > 0
-    # Adapters' frozen weights are the reference at the same time.
-    frozen = policy if adapters or objective_of(config.loss).needs_reference(config.loss) else 0.0
+    if adapters:
+        frozen = policy  # the reference at the same time
+    elif objective_of(config.loss).needs_reference(config.loss):
+        dtype = learner.model.config.dtype
+        frozen = device_bytes(jax.tree.map(lambda x: x.update(dtype=dtype), shapes))
+    else:
+        frozen = 0.0
     return {
         "prefill": trained + frozen - policy,
         "decode": trained + frozen,
