@@ -4,11 +4,12 @@ Arguments are counted exactly, from their shapes and shardings. What lives besid
 formula: with float32 master weights and moments, full rematerialisation and flash attention a
 train step needs about
 
-    18 N / s + b T (2 L D + 8 (F / t + D)) + 6 V D / t
+    16 N / s + 2 b T L D + max(8 b T (F / t + 2 D) + 8 D F / t, 8 b T D + (2 D + 8 b C) V / t)
 
 bytes on a device, 12 N / s of them the train state: N parameters over s shards, b rows of T tokens
-on a device, L layers of width D with an MLP of F, V tokens, t parts of heads, mlp and vocabulary.
-Compiled train steps of 7B and 32B lay within a fifth of it. The terms for other programs and
+on a device, L layers of width D with an MLP of F, V tokens, t parts of heads, mlp and vocabulary,
+the logits of C tokens of a row at a time. The peak is in an MLP's gradient or in the vocabulary's.
+Compiled train steps of 7B and 32B lay within a twentieth of it. The terms for other programs and
 settings follow from the same parts.
 """
 
@@ -24,7 +25,7 @@ from flowrl_jax.models.attention import CHUNK
 from flowrl_jax.objectives import objective_of
 from flowrl_jax.planning.programs import Program, policy_shapes, state_shapes
 
-_STATE, _TRAINED = 12, 18  # bytes a trained parameter: weight and moments; gradients beside them
+_STATE, _TRAINED = 12, 16  # bytes a trained parameter: weight and moments; gradients beside them
 
 
 def device_bytes(tree: Any) -> float:
@@ -95,7 +96,10 @@ def _beside(program: Program, learner: Learner, arguments: tuple[Any, ...]) -> f
     if program.name == "train_step":
         trained = device_bytes(arguments[0]) / _STATE
         kept = tokens * shape.num_layers * _kept_by_layer(shape, cut)
-        return (_TRAINED - _STATE) * trained + kept + running + 6 * unembedding
+        running += 8 * shape.embed_dim * (tokens + shape.mlp_dim / cut)
+        logits = 8 * rows * learner.config.logprob_chunk * shape.vocab_rows / cut
+        vocabulary = 8 * tokens * shape.embed_dim + 2 * unembedding + logits
+        return (_TRAINED - _STATE) * trained + kept + max(running, vocabulary)
     keys = 4 * shape.num_layers * shape.num_kv_heads * shape.head_dim  # bfloat16, keys and values
     layer = 2 * (shape.num_parameters / shape.num_layers) / cut
     if program.name == "prefill":
