@@ -200,18 +200,19 @@ def _rows(x: jax.Array, rows: jax.Array) -> jax.Array:
     return constrain(x.at[rows].get(mode="promise_in_bounds"), "batch")
 
 
-def make_scores(learner: Learner) -> Callable:
+def make_scores(learner: Learner, rows_per_update: int = 0) -> Callable:
     """`make_score`'s function with rows cut as `learner.config` says.
 
     Args:
         learner: what is fixed.
+        rows_per_update: as in `make_score`.
 
     Returns:
         A function `(policy, tokens, prompt_mask, response_mask, lengths) -> logprobs [B, T]`, the
         lengths `[B]` being the host's.
     """
     if not learner.config.length_buckets:
-        score = make_score(learner)
+        score = make_score(learner, rows_per_update)
         return lambda policy, tokens, prompt_mask, response_mask, lengths: score(
             policy, tokens, prompt_mask, response_mask
         )
@@ -227,7 +228,7 @@ def make_scores(learner: Learner) -> Callable:
     some = layout.jit(some, static_argnums=0, donate_argnums=1, out_shardings=layout.batch)
 
     def scores(policy, tokens, prompt_mask, response_mask, lengths):
-        size = math.gcd(lengths.size, learner.micro_batch(lengths.size))
+        size = math.gcd(lengths.size, learner.micro_batch(rows_per_update or lengths.size))
         limit = response_mask.shape[1]
         logprobs = start(response_mask)
         for part in cut(lengths, size, 1, learner.config.length_buckets, limit):

@@ -144,6 +144,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise InputError(
                 f"--programs={','.join(unknown)}: not known; known: {', '.join(NAMES)}"
             )
+        out = str(values["json"].value)
+        if out and not Path(out).parent.is_dir():
+            raise InputError(f"--json={out}: the folder is missing: make it, or name another")
         found = plan(
             config,
             topology,
@@ -153,8 +156,8 @@ def main(arguments: list[str] | None = None) -> int:
             say=lambda line: print(f"{line} ...", file=sys.stderr, flush=True),
         )
         print(table(found))
-        if values["json"].value:
-            Path(str(values["json"].value)).write_text(json.dumps(found, indent=2) + "\n")
+        if out:
+            Path(out).write_text(json.dumps(found, indent=2) + "\n")
 
     return cli.run(start, values, arguments)
 

@@ -1,5 +1,6 @@
 """Between text and arrays: prompts for the sampler, responses for the judge."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,12 +8,40 @@ import jax
 import numpy as np
 
 from flowrl_jax.assembly import Parts
+from flowrl_jax.config import RolloutConfig
 from flowrl_jax.datasets.pipeline import PromptSource
+from flowrl_jax.distributed import RowShare
 from flowrl_jax.errors import InputError
 from flowrl_jax.sampler import SamplerConfig, generate
-from flowrl_jax.sharding import local_rows
+from flowrl_jax.sharding import Layout, local_rows
 from flowrl_jax.tasks import Row
 from flowrl_jax.types import PromptBatch, Rollout
+
+
+def check_rollouts(
+    rollout: RolloutConfig, share: RowShare, layout: Layout, sampling_layout: Layout
+) -> None:
+    """Refuses numbers of prompts that do not divide.
+
+    Args:
+        rollout: the config's section.
+        share: which hosts hold which rows.
+        layout: of training.
+        sampling_layout: of sampling.
+
+    Raises:
+        InputError: with the sizes, the rule and the remedy.
+    """
+    hosts = len(share.leaders)
+    shards = math.lcm(layout.batch_shards, sampling_layout.batch_shards)
+    for name in ("prompts_per_step", "prompts_per_batch"):
+        prompts = getattr(rollout, name)
+        if prompts % hosts or prompts * rollout.group_size % shards:
+            raise InputError(
+                f"rollout.{name}={prompts} times rollout.group_size={rollout.group_size} does not"
+                f" divide over {hosts} hosts and the {shards} parts of the batch (data x fsdp):"
+                " choose a multiple"
+            )
 
 
 def encode_prompt(parts: Parts, text: str) -> list[int]:

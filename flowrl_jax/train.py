@@ -5,7 +5,6 @@ that order.
 """
 
 import dataclasses
-import math
 import signal
 import sys
 import threading
@@ -56,7 +55,7 @@ from flowrl_jax.metrics import CompileCounter, MetricWriter
 from flowrl_jax.models.lora import with_adapters
 from flowrl_jax.objectives import objective_of
 from flowrl_jax.progress import Progress
-from flowrl_jax.rollouts import check_prompts, encode_rows, grade, responses, sample
+from flowrl_jax.rollouts import check_prompts, check_rollouts, encode_rows, grade, responses, sample
 from flowrl_jax.sampler import SamplerConfig, rollout_key
 from flowrl_jax.settings import save_settings
 from flowrl_jax.sharding import local_rows
@@ -191,20 +190,12 @@ def build_loop(parts: Parts) -> Loop:
     )
     check_buckets(learner, rollout.max_prompt_length)
     share = row_share(parts.layout)
-    for name in ("prompts_per_step", "prompts_per_batch"):
-        prompts, hosts = getattr(rollout, name), len(share.leaders)
-        shards = math.lcm(parts.layout.batch_shards, parts.sampling_layout.batch_shards)
-        if prompts % hosts or prompts * rollout.group_size % shards:
-            raise InputError(
-                f"rollout.{name}={prompts} times rollout.group_size={rollout.group_size} does not"
-                f" divide over {hosts} hosts and the {shards} parts of the batch (data x fsdp):"
-                " choose a multiple"
-            )
+    check_rollouts(rollout, share, parts.layout, parts.sampling_layout)
     source = PromptSource(dataclasses.replace(config.data, seed=config.seed))
     check_prompts(parts, source, config.steps * rollout.prompts_per_step)
     programs = {
         "lengths": make_lengths(learner),
-        "score": make_scores(learner),
+        "score": make_scores(learner, config.rows_per_update),
         "learning_batch": make_learning_batch(learner),
         "minibatch": make_minibatch(learner, config.train.updates_per_rollout),
         "update": make_update(learner, len(source)),

@@ -349,16 +349,20 @@ def make_train_step(learner: Learner, num_prompts: int) -> Callable:
     )
 
 
-def make_score(learner: Learner) -> Callable:
+def make_score(learner: Learner, rows_per_update: int = 0) -> Callable:
     """A jitted `(policy, tokens, prompt_mask, response_mask) -> logprobs [B, T]`.
 
     The old and the reference log-probabilities; rows go through in micro-batches, so that memory
     stays that of a train step.
+
+    Args:
+        learner: what is fixed.
+        rows_per_update: responses of an optimiser step, where these are fewer than are scored.
     """
 
     def score(params, tokens, prompt_mask, response_mask):
         rows = tokens.shape[0]
-        size = math.gcd(rows, learner.micro_batch(rows))
+        size = math.gcd(rows, learner.micro_batch(rows_per_update or rows))
 
         def some(arrays):
             return response_logprobs(learner, params, *arrays)[0]

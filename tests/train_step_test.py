@@ -348,11 +348,16 @@ def test_bfloat16_compute_keeps_float32_masters():
     assert state.skipped == 0
 
 
-@pytest.mark.parametrize("micro_batch_size", [0, 2])
-def test_score_is_the_teacher_forced_logprobs(micro_batch_size):
+@pytest.mark.parametrize("micro_batch_size, rows_per_update", [(0, 0), (2, 0), (0, 4)])
+def test_score_is_the_teacher_forced_logprobs(micro_batch_size, rows_per_update):
     learner = make_learner(CONFIG, GRPOConfig(), micro_batch_size=micro_batch_size)
     params = tiny_params(CONFIG)
-    logprobs = make_score(learner)(params, *_rows(BATCH))
+    score = make_score(learner, rows_per_update)
+    rows = BATCH.reward.shape[0]
+    held = micro_batch_size or rows_per_update or rows  # what the program computes at one time
+    shape = f"{held},{BATCH.tokens.shape[1]},{CONFIG.embed_dim}"
+    assert shape in str(jax.make_jaxpr(score)(params, *_rows(BATCH)))
+    logprobs = score(params, *_rows(BATCH))
     assert logprobs.dtype == jnp.float32
     np.testing.assert_allclose(
         logprobs, teacher_forced(CONFIG, params, *_rows(BATCH), 0.9), rtol=1e-5, atol=1e-5

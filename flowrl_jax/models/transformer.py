@@ -220,7 +220,8 @@ class MLP(nn.Module):
             return [out + bias for out, bias in zip(outs, biases, strict=True)]
 
         gate, up = dense(x.reshape(-1, config.embed_dim), ("embed", "mlp"), "gate", "up")
-        hidden = constrain(ACTIVATIONS[config.activation](gate) * up, "batch", "mlp")
+        hidden = (ACTIVATIONS[config.activation](gate) * up).reshape(*x.shape[:2], -1)
+        hidden = constrain(hidden, "batch", "seq", "mlp").reshape(gate.shape)
         (down,) = dense(hidden, ("mlp", "embed"), "down")
         return down.reshape(x.shape)
 

@@ -103,11 +103,13 @@ def kind_of(e: Executed) -> str | None:
     if opcode == "recv":
         between = _BETWEEN_SLICES.search(e.instruction.attributes)
         return between[1].lower().replace("_", "-") if between else None
+    if opcode not in KINDS:
+        return None
     if e.fused.startswith("async_collective_fusion") or _async_stage(e) == "Done":
         return None
     if opcode == "all-reduce" and e.fused.startswith("all-reduce-scatter"):
         return "reduce-scatter"  # the TPU compiler's way to write one down
-    return opcode if opcode in KINDS else None
+    return opcode
 
 
 def device_groups(instruction: Instruction, devices: int) -> list[np.ndarray]:

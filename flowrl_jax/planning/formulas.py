@@ -1,5 +1,7 @@
 """Operations and transfers of a program in closed form, for chips whose compiler is not at hand."""
 
+import dataclasses
+
 from flowrl_jax.models.architecture import TransformerConfig
 from flowrl_jax.planning.collectives import Traffic
 from flowrl_jax.planning.programs import Program
@@ -11,8 +13,9 @@ def model_flops(config: TransformerConfig, program: Program, length: int) -> flo
     """Operations of a program's matrix products over all devices, nothing computed twice.
 
     Two for each weight and token, and four for each pair of tokens, of which a row has half as
-    many as columns squared, in each layer and head; three times that with a backward pass. Of a
-    prompt that is only read, the last token alone meets the unembedding.
+    many as columns squared, in each layer and head; three times that with a backward pass, but
+    twice where weights are frozen below adapters. Of a prompt that is only read, the last token
+    alone meets the unembedding.
 
     Args:
         config: of the policy.
@@ -23,24 +26,28 @@ def model_flops(config: TransformerConfig, program: Program, length: int) -> flo
     weights = config.num_parameters - (0 if config.tie_embeddings else unembedding)
     columns = length if program.columns == 1 else program.columns / 2
     pairs = 4 * columns * config.num_heads * config.head_dim * config.num_layers
-    flops = program.tokens * (2 * weights + pairs)
+    passes = 3 if program.backward else 1
+    of_weights = 2 * weights * (2 if program.backward and config.lora.rank else passes)
+    flops = program.tokens * (of_weights + pairs * passes)
     if program.name == "prefill":
         flops -= 2 * unembedding * (program.tokens - program.rows * program.trips)
-    return flops * (3 if program.backward else 1)
+    return flops
 
 
 def expected_flops(config: TransformerConfig, program: Program, length: int) -> float:
     """`model_flops` with what rematerialisation repeats: a forward pass, where it is full."""
-    repeated = 4 / 3 if program.backward and config.remat == "full" else 1.0
-    return repeated * model_flops(config, program, length)
+    flops = model_flops(config, program, length)
+    if program.backward and config.remat == "full":
+        flops += model_flops(config, dataclasses.replace(program, backward=False), length)
+    return flops
 
 
 def expected_traffic(config: TransformerConfig, program: Program) -> tuple[Traffic, ...]:
     """Collectives that a program cannot do without, taken to run beside its operations.
 
-    Weights are gathered for each pass over a micro-batch and their gradient is scattered after it,
-    once a micro-batch; two activations a layer and pass are summed over tensor; copies of the
-    policy sum their gradients once.
+    Weights are gathered for each pass over a micro-batch; their gradient, unless they are frozen
+    below adapters, is scattered after it and summed over copies of the policy, once a micro-batch;
+    two activations a layer and pass are summed over tensor.
 
     Args:
         config: of the policy.
@@ -53,12 +60,13 @@ def expected_traffic(config: TransformerConfig, program: Program) -> tuple[Traff
     weights = _HALF * config.num_parameters / tensor * (fsdp - 1) / fsdp
     tokens = program.rows * program.columns / program.layout.batch_shards / context
     summed = 2 * config.num_layers * _HALF * tokens * config.embed_dim * 2 * (tensor - 1) / tensor
-    gradient = 4 * config.num_parameters / (fsdp * tensor) * 2 * (data - 1) / data
+    gradient = _HALF * config.num_parameters / (fsdp * tensor) * 2 * (data - 1) / data
+    learning = program.trips * (program.backward and not config.lora.rank)
     found = {
         ("all-gather", "fsdp"): program.trips * weights * (2 if program.backward else 1),
-        ("reduce-scatter", "fsdp"): program.trips * weights * program.backward,
+        ("reduce-scatter", "fsdp"): learning * weights,
         ("all-reduce", "tensor"): program.trips * summed * passes,
-        ("all-reduce", "data"): gradient * program.backward,
+        ("all-reduce", "data"): learning * gradient,
     }
     return tuple(
         Traffic(*key, count=0.0, bytes=size, loop_bytes=0.0, waiting_bytes=0.0)

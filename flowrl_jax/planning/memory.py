@@ -23,9 +23,7 @@ from flowrl_jax.learner import Learner
 from flowrl_jax.models.architecture import TransformerConfig
 from flowrl_jax.models.attention import CHUNK
 from flowrl_jax.objectives import objective_of
-from flowrl_jax.planning.programs import Program, policy_shapes, state_shapes
-
-_STATE, _TRAINED = 12, 16  # bytes a trained parameter: weight and moments; gradients beside them
+from flowrl_jax.planning.programs import Program, computed, policy_shapes, state_shapes
 
 
 def device_bytes(tree: Any) -> float:
@@ -58,8 +56,7 @@ def resident_bytes(config: Config, learner: Learner) -> dict[str, float]:
     if adapters:
         frozen = policy  # the reference at the same time
     elif objective_of(config.loss).needs_reference(config.loss):
-        dtype = learner.model.config.dtype
-        frozen = device_bytes(jax.tree.map(lambda x: x.update(dtype=dtype), shapes))
+        frozen = device_bytes(computed(shapes, learner.model.config))
     else:
         frozen = 0.0
     return {
@@ -91,15 +88,15 @@ def _beside(program: Program, learner: Learner, arguments: tuple[Any, ...]) -> f
     tokens = rows * program.columns / program.layout.mesh.shape.get("context", 1)
     unembedding = shape.vocab_rows * shape.embed_dim / cut
     running = 8 * tokens * (shape.mlp_dim / cut + shape.embed_dim)
-    if shape.attention == "xla" and program.columns > 1:
+    if program.attention == "xla" and program.columns > 1:
         running += 10 * rows * shape.num_heads / cut * min(CHUNK, program.columns) * program.columns
     if program.name == "train_step":
-        trained = device_bytes(arguments[0]) / _STATE
         kept = tokens * shape.num_layers * _kept_by_layer(shape, cut)
         running += 8 * shape.embed_dim * (tokens + shape.mlp_dim / cut)
         logits = 8 * rows * learner.config.logprob_chunk * shape.vocab_rows / cut
         vocabulary = 8 * tokens * shape.embed_dim + 2 * unembedding + logits
-        return (_TRAINED - _STATE) * trained + kept + max(running, vocabulary)
+        gradients = device_bytes(arguments[0].params)  # their sums are cut as the weights are
+        return gradients + kept + max(running, vocabulary)
     keys = 4 * shape.num_layers * shape.num_kv_heads * shape.head_dim  # bfloat16, keys and values
     layer = 2 * (shape.num_parameters / shape.num_layers) / cut
     if program.name == "prefill":

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flowrl_jax.assembly import layout_of
 from flowrl_jax.buckets import check_buckets
 from flowrl_jax.config import Config
+from flowrl_jax.distributed import row_share
 from flowrl_jax.errors import InputError
 from flowrl_jax.learner import Learner, TrainStepConfig, check_batch
 from flowrl_jax.masking import positions_from_mask
@@ -22,6 +23,7 @@ from flowrl_jax.models.transformer import Transformer
 from flowrl_jax.objectives import objective_of
 from flowrl_jax.optimizer import OptimizerConfig, make_optimizer
 from flowrl_jax.planning.shapes import planned_shape
+from flowrl_jax.rollouts import check_rollouts
 from flowrl_jax.sharding import Layout, make_mesh, sampling_layout
 from flowrl_jax.train_step import abstract_policy, abstract_state, make_score, make_train_step
 from flowrl_jax.types import TrainBatch
@@ -42,6 +44,7 @@ class Program:
         columns: tokens that it computes of a row.
         trips: how often it does so.
         runs: of the program in a step of the loop.
+        attention: the kernel that it runs with, which on GPUs is not what is traced.
         backward: whether it has a backward pass.
         replaced: which argument is donated and becomes a result; None where none is.
     """
@@ -53,6 +56,7 @@ class Program:
     columns: int
     trips: int
     runs: int
+    attention: str
     backward: bool = False
     replaced: int | None = None
 
@@ -97,7 +101,9 @@ def planned_learner(config: Config, devices: Sequence[Any]) -> Learner:
     except ValueError as error:
         raise InputError(str(error)) from error
     check_buckets(learner, config.rollout.max_prompt_length)
-    _check_rollouts(config, learner, hosts=len({device.process_index for device in devices}))
+    sizes = learner.model.config.axis_sizes
+    sampling = sampling_layout(learner.layout, sizes, config.rollout.tensor)
+    check_rollouts(config.rollout, row_share(learner.layout), learner.layout, sampling)
     return learner
 
 
@@ -107,8 +113,23 @@ def _optimizer(config: OptimizerConfig, steps: int, updates: int, train_log_z: b
 
 
 def policy_shapes(learner: Learner) -> Any:
-    """`train_step.abstract_policy`, traced once for learners that differ in their steps alone."""
-    return _policy(dataclasses.replace(learner, config=TrainStepConfig()))
+    """`train_step.abstract_policy`, traced once for learners that differ in their steps alone.
+
+    Weights below adapters are held in the compute dtype.
+    """
+    shapes = _policy(dataclasses.replace(learner, config=TrainStepConfig()))
+    config = learner.model.config
+    return computed(shapes, config) if config.lora.rank else shapes
+
+
+def computed(shapes: Any, config: TransformerConfig) -> Any:
+    """Shapes of weights that are not trained, in the dtype that they are held in.
+
+    Args:
+        shapes: `ShapeDtypeStruct`.
+        config: names the dtype.
+    """
+    return jax.tree.map(lambda x: x.update(dtype=config.dtype), shapes)
 
 
 def state_shapes(learner: Learner, num_prompts: int) -> Any:
@@ -148,24 +169,6 @@ def _attention(model: TransformerConfig, device: Any) -> str:
     return model.attention if device.device_kind in _WITHOUT_SPLASH else "splash"
 
 
-def _check_rollouts(config: Config, learner: Learner, hosts: int) -> None:
-    rollout = config.rollout
-    shards = math.lcm(
-        learner.layout.batch_shards,
-        sampling_layout(
-            learner.layout, learner.model.config.axis_sizes, rollout.tensor
-        ).batch_shards,
-    )
-    for name in ("prompts_per_step", "prompts_per_batch"):
-        prompts = getattr(rollout, name)
-        if prompts % hosts or prompts * rollout.group_size % shards:
-            raise InputError(
-                f"rollout.{name}={prompts} times rollout.group_size={rollout.group_size} does not"
-                f" divide over {hosts} hosts and the {shards} parts of the batch (data x fsdp):"
-                " choose a multiple"
-            )
-
-
 def programs(config: Config, learner: Learner) -> Iterator[Program]:
     """The programs in the order in which a step runs them."""
     rollout, layout = config.rollout, learner.layout
@@ -176,6 +179,8 @@ def programs(config: Config, learner: Learner) -> Iterator[Program]:
     rows = prompts * rollout.group_size
     arrays = _Arrays(layout, width, length)
     within = sampling_layout(layout, learner.model.config.axis_sizes, rollout.tensor)
+    tpu = layout.mesh.devices.flat[0].platform == "tpu"
+    attention = learner.model.config.attention if tpu else config.model.attention
     sampler = dataclasses.replace(learner, layout=within)
     token = dataclasses.replace(arrays, layout=within)
     yield Program(
@@ -186,6 +191,7 @@ def programs(config: Config, learner: Learner) -> Iterator[Program]:
         columns=width,
         trips=1,
         runs=batches,
+        attention=attention,
     )
     yield Program(
         "decode",
@@ -195,6 +201,7 @@ def programs(config: Config, learner: Learner) -> Iterator[Program]:
         columns=1,
         trips=1,
         runs=batches * length,
+        attention=attention,
         replaced=1,
     )
     total = rollout.prompts_per_step * rollout.group_size
@@ -203,12 +210,13 @@ def programs(config: Config, learner: Learner) -> Iterator[Program]:
     reference = objective_of(config.loss).needs_reference(config.loss)
     yield Program(
         "score",
-        lambda: _score(learner, arrays, total),
+        lambda: _score(learner, arrays, total, config.rows_per_update),
         layout,
         rows=scored,
         columns=columns,
         trips=total // scored,
         runs=int(reference) + (rollout.old_logprobs == "trainer"),
+        attention=attention,
     )
     update = config.rows_per_update
     yield Program(
@@ -219,6 +227,7 @@ def programs(config: Config, learner: Learner) -> Iterator[Program]:
         columns=columns,
         trips=update // micro,
         runs=config.updates,
+        attention=attention,
         backward=True,
         replaced=0,
     )
@@ -267,9 +276,9 @@ def _train_step(learner: Learner, arrays: _Arrays, rows: int) -> Built:
     return make, (state, batch, _key(arrays.layout), *base)
 
 
-def _score(learner: Learner, arrays: _Arrays, rows: int) -> Built:
+def _score(learner: Learner, arrays: _Arrays, rows: int, rows_per_update: int) -> Built:
     tokens, masks = arrays.tokens(rows), arrays.masks(rows)
-    make = functools.partial(make_score, learner)
+    make = functools.partial(make_score, learner, rows_per_update)
     return make, (policy_shapes(learner), tokens, *masks)
 
 

@@ -31,8 +31,18 @@ def planned_shape(model: ModelConfig, vocab_multiple: int) -> TransformerConfig:
         vocab_multiple: as in `TransformerConfig`.
 
     Raises:
-        InputError: the folder is missing and its name is not one of `PUBLISHED`.
+        InputError: the folder is missing and its name is not one of `PUBLISHED`, or the shape is
+            none that a decoder can have.
     """
+    try:
+        return _planned_shape(model, vocab_multiple)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _planned_shape(model: ModelConfig, vocab_multiple: int) -> TransformerConfig:
     computing: dict[str, Any] = {
         "dtype": DTYPES[model.dtype],
         "remat": model.remat,
