@@ -74,7 +74,9 @@ def plan(
     fits = all(program.fits for program in measured)
     shape = learner.model.config
     compiled = described.chip.compiled
-    assumptions = ASSUMPTIONS if compiled else ASSUMPTIONS_OF_FORMULAS
+    assumptions = list(ASSUMPTIONS if compiled else ASSUMPTIONS_OF_FORMULAS)
+    if compiled and shape.attention != config.model.attention:
+        assumptions.append(f"the run has --config.model.attention={shape.attention}")
     found = {
         "topology": topology,
         "slices": slices,
@@ -92,7 +94,7 @@ def plan(
         "fits": fits,
         "programs": {program.name: dataclasses.asdict(program) for program in measured},
         "step_seconds": _step_seconds(measured, names),
-        "assumptions": list(assumptions),
+        "assumptions": assumptions,
         "suggestions": [],
     }
     if not fits:

@@ -2,7 +2,8 @@
 
 The model names its axes (`embed`, `heads`, ...); a layout says which mesh axes each of them is
 cut over. Meshes have the axes `data`, `fsdp`, `context` and `tensor`; on one device all of them are
-1. Several TPU slices are told apart by `data`: what crosses between them is one gradient a step.
+1. Several TPU slices are told apart by `data`: what crosses between them is the gradient of each
+micro-batch, in the compute dtype.
 """
 
 import contextlib
