@@ -74,7 +74,7 @@ def plan(
     fits = all(program.fits for program in measured)
     shape = learner.model.config
     compiled = described.chip.compiled
-    assumptions = list(ASSUMPTIONS if compiled else ASSUMPTIONS_OF_FORMULAS)
+    assumptions: list[str] = [*(ASSUMPTIONS if compiled else ASSUMPTIONS_OF_FORMULAS)]
     if compiled and shape.attention != config.model.attention:
         assumptions.append(f"the run has --config.model.attention={shape.attention}")
     found = {
