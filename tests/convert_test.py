@@ -441,6 +441,7 @@ def test_two_processes_write_one_folder(tmp_path):
             f"--out={tmp_path / 'b'}",
         ],
         ["export", f"--run={tmp_path / 'b'}", f"--out={tmp_path / 'c'}"],
+        ["export", f"--run={trained()}", f"--out={tmp_path / 'd'}", "--dtype=float16"],
     ):
         codes, said = convert_in_two(*arguments)
         assert codes == [0, 0], said
@@ -448,7 +449,8 @@ def test_two_processes_write_one_folder(tmp_path):
         assert_same_bits(tensors(tmp_path / folder), tensors(exported()))
     for name in ("log_z/log_z.safetensors", "config.json", "generation_config.json"):
         assert (tmp_path / "a" / name).read_bytes() == (exported() / name).read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "d"]
+    assert {x.dtype for x in tensors(tmp_path / "d").values()} == {np.dtype(np.float16)}
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ train step needs about
 bytes on a device, 12 N / s of them the train state: N parameters over s shards, b rows of T tokens
 on a device, L layers of width D with an MLP of F, V tokens, t parts of heads, mlp and vocabulary,
 the logits of C tokens of a row at a time. The peak is in an MLP's gradient or in the vocabulary's.
-Compiled train steps of 7B and 32B lay within a twentieth of it. The terms for other programs and
+Compiled train steps of 7B and 32B lay within 6 % of it. The terms for other programs and
 settings follow from the same parts.
 """
 
