@@ -88,7 +88,10 @@ def get_config() -> ml_collections.ConfigDict:
         "temperature": 1.0,  # of sampling and of all log-probabilities
         "top_k": 0,  # 0: all tokens
         "top_p": 1.0,  # 1: all tokens
-        "prompts_per_batch": 0,  # sampled at one time, bounds the KV cache; 0: all
+        "min_p": 0.0,  # 0: all tokens
+        "slots": 0,  # responses decoded at one time, others wait; 0: all
+        "cache": "",  # bfloat16, float32 or int8; empty: the compute dtype
+        "prompts_per_batch": 0,  # sampled at one time; 0: all
         "tensor": 0,  # parts of heads while sampling; 0: as the mesh, -1: as key heads allow
         "old_logprobs": "trainer",  # computed again, as released; sampler saves a forward pass
     }
@@ -115,6 +118,7 @@ def get_config() -> ml_collections.ConfigDict:
         "temperature": 1.0,  # 0: greedy
         "top_k": 0,
         "top_p": 1.0,
+        "min_p": 0.0,
         "prompts_per_batch": 64,  # sampled at one time
     }
     config.mesh = {

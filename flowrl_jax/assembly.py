@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from flowrl_jax.checkpoint import restore_policy, saved_steps
-from flowrl_jax.config import DTYPES, Config
+from flowrl_jax.config import DTYPES, Config, RolloutConfig
 from flowrl_jax.distributed import any_process
 from flowrl_jax.errors import InputError
 from flowrl_jax.learner import Learner, check_batch
@@ -75,18 +75,9 @@ class Parts:
         Raises:
             InputError: a setting is out of range.
         """
-        rollout = self.config.rollout
-        settings = {
-            "max_response_length": rollout.max_response_length,
-            "group_size": rollout.group_size,
-            "temperature": rollout.temperature,
-            "top_k": rollout.top_k,
-            "top_p": rollout.top_p,
-        }
         try:
-            return SamplerConfig(
-                eos_ids=self.eos_ids, pad_id=self.tokenizer.pad_id, **(settings | changes)
-            )
+            settings = {**sampler_settings(self.config.rollout), **changes}
+            return SamplerConfig(eos_ids=self.eos_ids, pad_id=self.tokenizer.pad_id, **settings)
         except ValueError as error:
             raise InputError(str(error)) from error
 
@@ -95,6 +86,20 @@ class Parts:
         shards = math.lcm(self.layout.batch_shards, self.sampling_layout.batch_shards)
         unit = shards // math.gcd(shards, samples)
         return -(-prompts // unit) * unit
+
+
+def sampler_settings(rollout: RolloutConfig) -> dict[str, Any]:
+    """Fields of `SamplerConfig` that a config has; the tokenizer has the others."""
+    return {
+        "max_response_length": rollout.max_response_length,
+        "group_size": rollout.group_size,
+        "temperature": rollout.temperature,
+        "top_k": rollout.top_k,
+        "top_p": rollout.top_p,
+        "min_p": rollout.min_p,
+        "slots": rollout.slots,
+        "cache": rollout.cache,
+    }
 
 
 def claim_workdir(workdir: Path, *, resume: bool = False) -> None:

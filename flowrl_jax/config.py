@@ -142,7 +142,12 @@ class RolloutConfig:
         temperature: of sampling and of all log-probabilities; training needs it above 0.
         top_k: 0 keeps all tokens.
         top_p: 1 keeps all tokens.
-        prompts_per_batch: prompts sampled at one time; 0 means all. Bounds the KV cache.
+        min_p: keeps tokens at least this share as likely as the most likely one; 0 keeps all.
+        slots: responses decoded at one time, over all hosts; one that has ended leaves its slot to
+            one that waits. 0 means all at once. Bounds the KV cache.
+        cache: what keys and values are kept in: "bfloat16", "float32", "int8", or empty for the
+            model's compute dtype.
+        prompts_per_batch: prompts sampled at one time; 0 means all.
         tensor: parts of heads, mlp and vocabulary while sampling, see `sampling_layout`.
         old_logprobs: of the policy that sampled: "trainer" computes them again as the released
             code does, "sampler" takes the sampler's. Their largest difference is logged.
@@ -156,6 +161,9 @@ class RolloutConfig:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    slots: int = 0
+    cache: str = ""
     prompts_per_batch: int = 0
     tensor: int = 0
     old_logprobs: str = "trainer"
@@ -191,10 +199,11 @@ class RolloutConfig:
             f" rollout.prompts_per_step={self.prompts_per_step}, or be 0",
         )
         _require(
-            self.old_logprobs == "trainer" or (self.top_k == 0 and self.top_p == 1.0),
-            f"rollout.old_logprobs='sampler' with top_k={self.top_k}, top_p={self.top_p}: the"
-            " sampler's log-probabilities are of the truncated distribution, which the trainer's"
-            " are not; set old_logprobs='trainer', or top_k=0 and top_p=1",
+            self.old_logprobs == "trainer" or (self.top_k, self.top_p, self.min_p) == (0, 1.0, 0.0),
+            f"rollout.old_logprobs='sampler' with top_k={self.top_k}, top_p={self.top_p},"
+            f" min_p={self.min_p}: the sampler's log-probabilities are of the truncated"
+            " distribution, which the trainer's are not; set old_logprobs='trainer', or top_k=0,"
+            " top_p=1 and min_p=0",
         )
 
 
@@ -211,6 +220,7 @@ class EvalConfig:
         temperature: 0 is greedy.
         top_k: 0 keeps all tokens.
         top_p: 1 keeps all tokens.
+        min_p: 0 keeps all tokens.
         prompts_per_batch: prompts sampled at one time.
     """
 
@@ -222,6 +232,7 @@ class EvalConfig:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     prompts_per_batch: int = 64
 
     def __post_init__(self):

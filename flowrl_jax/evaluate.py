@@ -62,6 +62,7 @@ class Evaluator:
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
+            min_p=config.min_p,
         )
         # A greedy policy has no log-probabilities of its own; temperature 1 stands in.
         self._score = make_score(scoring_learner(parts, temperature=config.temperature or 1.0))

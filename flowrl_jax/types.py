@@ -39,7 +39,9 @@ class Rollout:
         prompt_mask: `[B, P]` bool.
         response_mask: `[B, T]` bool, true up to and including the end-of-sequence token.
         sampler_logprobs: `[B, T]` float32, under the distribution that was sampled from (after
-            temperature, top-k and top-p); 0 where `response_mask` is false.
+            temperature, top-k, top-p and min-p); 0 where `response_mask` is false.
+        policy_logprobs: `[B, T]` float32, of the same tokens under the policy itself: at
+            temperature 1, nothing left out.
         truncated: `[B]` bool, true where no end-of-sequence token was drawn within T tokens.
     """
 
@@ -47,6 +49,7 @@ class Rollout:
     prompt_mask: jax.Array
     response_mask: jax.Array
     sampler_logprobs: jax.Array
+    policy_logprobs: jax.Array
     truncated: jax.Array
 
 

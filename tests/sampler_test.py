@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import inspect
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 from flowrl_jax.models.transformer import Transformer, init_params
-from flowrl_jax.sampler import SamplerConfig, generate, rollout_key
+from flowrl_jax.sampler import SamplerConfig, generate, programs, rollout_key
 from flowrl_jax.sharding import Layout, MeshConfig, make_mesh, sampling_layout
 from tests.tiny import (
     MESH_CONFIG,
@@ -22,6 +21,7 @@ from tests.tiny import (
     tiny_params,
 )
 
+generate_module = importlib.import_module("flowrl_jax.sampler.generate")
 CONFIG = tiny_config(num_layers=1)  # how layers share a cache is transformer_test's business
 MODEL = Transformer(CONFIG)
 PROMPT, LENGTH, GROUP = 6, 10, 3
@@ -30,7 +30,7 @@ KEY = rollout_key(0, 0)
 ROUNDING: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 
 SETTINGS = SamplerConfig(
-    max_response_length=LENGTH, eos_ids=(3, 5), group_size=GROUP, temperature=0.8, first_segment=5
+    max_response_length=LENGTH, eos_ids=(3, 5), group_size=GROUP, temperature=0.8, first_columns=5
 )
 
 
@@ -128,7 +128,7 @@ def test_segments_and_padding_do_not_matter(rollout):
     batch = prompts()
     pad = lambda x: jnp.pad(x, ((0, 0), (3, 0)))  # noqa: E731
     batch = batch.replace(tokens=pad(batch.tokens), mask=pad(batch.mask))
-    assert_same(rollout, sample(batch, first_segment=64))
+    assert_same(rollout, sample(batch, first_columns=64))
 
 
 def test_noise_depends_on_step_seed_prompt_and_sample():
@@ -252,34 +252,32 @@ def test_repeated_calls_compile_nothing():
 
 @pytest.fixture
 def count_draws(monkeypatch):
-    """Samples with a program that counts how often a token per row is drawn."""
-    module = importlib.import_module("flowrl_jax.sampler.generate")
-    draws, plain = [], module.draw
+    """Samples with programs that count how often a token per slot is drawn."""
+    draws, plain = [], programs.draw
 
     def counting(logits, uniform, **settings):
-        jax.debug.callback(lambda: draws.append(1))
+        jax.debug.callback(lambda: draws.append(len(logits)))
         return plain(logits, uniform, **settings)
 
-    monkeypatch.setattr(module, "draw", counting)
-    program = jax.jit(inspect.unwrap(generate), static_argnames=("model", "config"))
+    monkeypatch.setattr(programs, "draw", counting)
+    # Programs are kept by their settings: these are not to be taken for others.
+    monkeypatch.setattr(generate_module, "programs_of", programs.Programs)
 
     def run(**changes):
         draws.clear()
-        config = dataclasses.replace(SETTINGS, **changes)
-        rollout = program(tiny_params(CONFIG), prompts(), KEY, model=MODEL, config=config)
-        jax.block_until_ready(rollout)
+        rollout = jax.block_until_ready(sample(**changes))
         jax.effects_barrier()
-        return rollout, len(draws)
+        return rollout, list(draws)
 
     return run
 
 
 def test_the_loop_ends_with_the_last_row(count_draws):
     rollout, draws = count_draws(
-        eos_ids=tuple(range(2, 17)), max_response_length=512, first_segment=256
+        eos_ids=tuple(range(2, 17)), max_response_length=512, first_columns=256
     )
     assert not rollout.truncated.any()
-    assert 1 < draws == rollout.response_mask.sum(1).max() < 20
+    assert 1 < len(draws) == rollout.response_mask.sum(1).max() < 20
 
 
 @pytest.mark.parametrize("length", [1, 6])
@@ -329,7 +327,7 @@ def test_mesh_does_not_matter(shape):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"max_response_length": 0}, {"group_size": 0}, {"first_segment": 0}, {"temperature": -1.0},
+    [{"max_response_length": 0}, {"group_size": 0}, {"first_columns": 0}, {"temperature": -1.0},
      {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}],
     ids=str,
 )  # fmt: skip

@@ -14,13 +14,8 @@ from jax.extend.core import jaxprs_in_params
 from flowrl_jax.masking import positions_from_mask
 from flowrl_jax.models import attention
 from flowrl_jax.models.attention import Columns, attend, flash, visible
-from flowrl_jax.models.decode import (
-    decode_params,
-    forward_cached,
-    grow_caches,
-    read_prompts,
-    unembed,
-)
+from flowrl_jax.models.decode import decode_params, decode_token, read_prompts
+from flowrl_jax.models.decode_attention import Held, attend_cached, make_cache
 from flowrl_jax.models.transformer import (
     Transformer,
     TransformerConfig,
@@ -202,7 +197,7 @@ def test_rotary_depends_on_the_distance():
 
 @pytest.mark.parametrize("prefill", [1, 4])
 def test_cached_decoding_is_the_full_forward(prefill):
-    """Rows of different padding, a prefill, then tokens one by one over a cache that grows."""
+    """Rows of different padding, a prefill, then tokens one by one where another row was."""
     config = tiny_config(qkv_bias=True, tie_embeddings=False)
     params = tiny_params(config)
     tokens, mask = left_padded([4, 4, 2], 4, 17) if prefill == 4 else left_padded([1] * 3, 1, 17)
@@ -216,25 +211,36 @@ def test_cached_decoding_is_the_full_forward(prefill):
     @jax.jit
     def decode(params):
         weights = decode_params(params, config)
-        hidden, caches = read_prompts(params, config, tokens, positions[:, :prefill], mask)
-        logits = [unembed(weights, config, hidden[:, -1])]
+        kept = read_prompts(params, config, tokens, positions[:, :prefill], mask)
+        # Two columns of another row before the prompt, and seven after it to be written.
+        pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (2, 7), (0, 0)), constant_values=9.0)  # noqa: E731
+        caches = tuple(make_cache(*map(pad, one), jnp.float32) for one in kept)
+        logits = []
         for i in range(5):
-            size = prefill + (3 if i < 3 else 6)  # grows once, and always has room to spare
-            caches = grow_caches(caches, size) if i in (0, 3) else caches
-            index = prefill + i
-            seen = np.pad(whole_mask[:, : index + 1], ((0, 0), (0, size - index - 1)))
-            hidden, caches = forward_cached(
-                weights,
-                config,
-                rows[:, [index]],
-                positions[:, [index]],
-                Columns(jnp.asarray(seen), index),
-                caches,
-            )
-            logits.append(unembed(weights, config, hidden[:, 0]))
+            length = mask.sum(1) + i
+            held = Held(jnp.int32(2 + prefill + i), length + 1)
+            one, caches = decode_token(weights, config, rows[:, prefill + i], length, held, caches)
+            logits.append(one)
         return jnp.stack(logits, 1)
 
-    np.testing.assert_allclose(decode(params), expected[:, prefill - 1 :], **ROUNDING)
+    np.testing.assert_allclose(decode(params), expected[:, prefill:], **ROUNDING)
+
+
+@pytest.mark.parametrize("window", [0, 2])
+def test_eight_bits_round_a_little(window):
+    """Errors of 1/254 of the largest entry in keys and values move scores and sums by as much."""
+    rng = np.random.default_rng(0)
+    query, key, value = (
+        jnp.asarray(rng.normal(0, 1, (3, heads, size, 16)), jnp.float32)
+        for heads, size in ((4, 1), (2, 7), (2, 7))
+    )
+    held = Held(jnp.int32(4), jnp.array([5, 1, 3]))
+    out, rounded = (
+        attend_cached(query, make_cache(key, value, dtype), held, scale=0.25, window=window)
+        for dtype in (jnp.float32, jnp.int8)
+    )
+    assert 0 < np.abs(out - rounded).max() < 0.04
+    assert make_cache(key, value, jnp.int8).key.dtype == jnp.int8
 
 
 TWO_KINDS = {"window": 2, "windowed_layers": (True, False), "local_rope_theta": 30.0}

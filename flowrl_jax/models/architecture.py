@@ -197,6 +197,14 @@ class TransformerConfig:
             return (False,) * self.num_layers
         return self.windowed_layers or (True,) * self.num_layers
 
+    def scores(self, windowed: bool) -> dict[str, Any]:
+        """How attention makes its scores, in layers with or without a window."""
+        return {
+            "scale": self.query_scale or self.head_dim**-0.5,
+            "window": self.window if windowed else 0,
+            "softcap": self.attention_softcap,
+        }
+
     @property
     def vocab_rows(self) -> int:
         """Rows of the embedding in memory."""

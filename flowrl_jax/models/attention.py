@@ -71,7 +71,7 @@ def attend(
     dense = functools.partial(_dense, scale=scale, window=window, softcap=softcap)
     local = functools.partial(_chunked, dense)
     layout = active_layout()
-    if layout is None or layout.context_shards == 1 or query.shape[2] == 1:
+    if layout is None or layout.context_shards == 1:
         return local(query, key, value, columns)
 
     def own_queries(query, key, value, real):
@@ -134,23 +134,16 @@ def _dense(
     mask = visible(columns, length, window)
     kv_heads = key.shape[1]
     grouped = query.reshape(batch, kv_heads, (heads // kv_heads) * length, head_dim)
-    if length == 1:
-        # Keys are the left factor here, which XLA's CPU backend need not transpose. Were the
-        # scores turned before they are masked, XLA would exchange the factors again.
-        scores = jnp.einsum("bksh,bkth->bkst", key, grouped, preferred_element_type=jnp.float32)
-        scores = _capped(scores * scale, softcap)
-        scores = jnp.where(jnp.swapaxes(mask, 1, 2)[:, None], scores, MASKED)
-        scores = jnp.swapaxes(scores, 2, 3)
-    else:
-        scores = jnp.einsum("bkth,bksh->bkts", grouped, key, preferred_element_type=jnp.float32)
-        scores = scores.reshape(batch, kv_heads, heads // kv_heads, length, -1)
-        scores = jnp.where(mask[:, None, None], _capped(scores * scale, softcap), MASKED)
+    scores = jnp.einsum("bkth,bksh->bkts", grouped, key, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, kv_heads, heads // kv_heads, length, -1)
+    scores = jnp.where(mask[:, None, None], capped(scores * scale, softcap), MASKED)
     probs = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     out = jnp.einsum("bkts,bksh->bkth", probs.reshape(batch, kv_heads, -1, key.shape[2]), value)
     return out.reshape(batch, heads, length, head_dim)
 
 
-def _capped(scores: jax.Array, softcap: float) -> jax.Array:
+def capped(scores: jax.Array, softcap: float) -> jax.Array:
+    """Scores s as `softcap * tanh(s / softcap)`; 0 leaves them."""
     return softcap * jnp.tanh(scores / softcap) if softcap else scores
 
 

@@ -14,10 +14,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from flowrl_jax.logprobs import vocabulary_logits
 from flowrl_jax.models.attention import Columns
+from flowrl_jax.models.cache import KVCache
+from flowrl_jax.models.decode_attention import Held
 from flowrl_jax.models.lora import init_lora, with_adapters
 from flowrl_jax.models.transformer import (
     Block,
-    Cache,
     Embedding,
     RMSNorm,
     TransformerConfig,
@@ -70,8 +71,8 @@ def decode_shardings(config: TransformerConfig, layout: Layout) -> Any:
 
 def read_prompts(
     params: Any, config: TransformerConfig, tokens: jax.Array, positions: jax.Array, mask: jax.Array
-) -> tuple[jax.Array, tuple[Cache, ...]]:
-    """Runs the decoder on whole prompts.
+) -> tuple[tuple[jax.Array, jax.Array], ...]:
+    """Keys and values of whole prompts.
 
     Args:
         params: the policy, as `Transformer` holds it.
@@ -81,8 +82,7 @@ def read_prompts(
         mask: `[B, P]` bool, true on real tokens.
 
     Returns:
-        Final hidden states `[B, P, D]`, normalised, and keys and values `[B, K, P, H]` of each
-        layer.
+        Keys and values `[B, K, P, H]` of each layer.
     """
     x = Embedding(config).apply({"params": params["embedding"]}, tokens)
     view = layer_view(config, positions, Columns(mask))
@@ -93,51 +93,40 @@ def read_prompts(
             (windowed,) = view.rotations
         return Block(config).apply({"params": params}, x, view, windowed)
 
-    stacked: Any
-    x, stacked = jax.lax.scan(layer, x, (params["layers"], jnp.array(config.windows)))
-    hidden: Any = RMSNorm(config).apply({"params": params["final_norm"]}, x)
-    keys, values = stacked
-    return hidden, tuple((keys[i], values[i]) for i in range(config.num_layers))
+    kept: Any
+    _, kept = jax.lax.scan(layer, x, (params["layers"], jnp.array(config.windows)))
+    keys, values = kept
+    return tuple((keys[i], values[i]) for i in range(config.num_layers))
 
 
-def forward_cached(
+def decode_token(
     params: Any,
     config: TransformerConfig,
     tokens: jax.Array,
     positions: jax.Array,
-    columns: Columns,
-    caches: tuple[Cache, ...],
-) -> tuple[jax.Array, tuple[Cache, ...]]:
-    """Runs the decoder on tokens that follow what the caches hold.
+    held: Held,
+    caches: tuple[KVCache, ...],
+) -> tuple[jax.Array, tuple[KVCache, ...]]:
+    """Runs the decoder on the next token of every slot.
 
     Args:
         params: from `decode_params`.
         config: the decoder's shape.
-        tokens: `[B, T]` int32.
-        positions: `[B, T]` int32.
-        columns: that the tokens may attend to, and which of them are their own.
-        caches: keys and values `[B, K, S, H]` of each layer.
+        tokens: `[S]` int32.
+        positions: `[S]` int32.
+        held: the column that the tokens are written to, and how many each may attend to.
+        caches: of each layer.
 
     Returns:
-        Final hidden states `[B, T, D]`, normalised, and the caches with `tokens` written in.
+        Logits `[S, V]` float32, and the caches with `tokens` written in.
     """
-    x = Embedding(config).apply({"params": params["embedding"]}, tokens)
-    view = layer_view(config, positions, columns)
+    x = Embedding(config).apply({"params": params["embedding"]}, tokens[:, None])
+    view = layer_view(config, positions[:, None], held)
     written = []
     for layer, windowed, cache in zip(params["layers"], config.windows, caches, strict=True):
         x, cache = Block(config).apply({"params": layer}, x, view, windowed, cache)
         written.append(cache)
     hidden: Any = RMSNorm(config).apply({"params": params["final_norm"]}, x)
-    return hidden, tuple(written)
-
-
-def grow_caches(caches: tuple[Cache, ...], length: int) -> tuple[Cache, ...]:
-    """Pads every cache with zero columns up to `length`."""
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)))  # noqa: E731
-    return jax.tree.map(pad, caches)
-
-
-def unembed(params: Any, config: TransformerConfig, hidden: jax.Array) -> jax.Array:
-    """Logits `[B, V]` float32 of hidden states `[B, D]`."""
     weight: Any = Embedding(config).apply({"params": params["embedding"]}, method="unembedding")
-    return vocabulary_logits(hidden, weight, config.logit_softcap, config.drawable)
+    logits = vocabulary_logits(hidden[:, 0], weight, config.logit_softcap, config.drawable)
+    return logits, tuple(written)

@@ -17,12 +17,12 @@ from flowrl_jax.masking import positions_from_mask
 from flowrl_jax.models.accumulation import run_layers
 from flowrl_jax.models.architecture import ACTIVATIONS, REMAT_POLICIES, TransformerConfig
 from flowrl_jax.models.attention import Columns, attend
+from flowrl_jax.models.cache import KVCache
+from flowrl_jax.models.decode_attention import Held, attend_cached, write
 from flowrl_jax.models.lora import lora_term
 from flowrl_jax.models.projection import project
 from flowrl_jax.models.rotary import Rotation, rotary, rotary_table
 from flowrl_jax.sharding import constrain
-
-Cache = tuple[jax.Array, jax.Array]
 
 
 class View(NamedTuple):
@@ -31,14 +31,14 @@ class View(NamedTuple):
     Attributes:
         rotations: of the positions, from `rotary_table`, for layers with a window (True) and
             without (False), as far as there are any.
-        columns: that the tokens may attend to, windows aside.
+        columns: that the tokens may attend to, windows aside; of a cache, where there is one.
     """
 
     rotations: dict[bool, Rotation]
-    columns: Columns
+    columns: Columns | Held
 
 
-def layer_view(config: TransformerConfig, positions: jax.Array, columns: Columns) -> View:
+def layer_view(config: TransformerConfig, positions: jax.Array, columns: Columns | Held) -> View:
     """The view of tokens at these positions.
 
     Args:
@@ -123,51 +123,48 @@ class Attention(nn.Module):
         x: jax.Array,
         view: View,
         windowed: jax.Array | bool,
-        cache: Cache | None = None,
-    ) -> tuple[jax.Array, Cache]:
+        cache: KVCache | None = None,
+    ) -> tuple[jax.Array, Any]:
         """Attends within `x`, or over a cache that `x` is first written to.
 
         Args:
-            x: `[B, T, D]`.
+            x: `[B, T, D]`; T = 1 with a cache.
             view: of the tokens.
             windowed: whether this layer has a window; a scalar array where layers are scanned and
                 differ in it.
-            cache: keys and values `[B, K, S, H]` of all columns of the view; without one the
-                view's columns are the tokens themselves.
+            cache: of the slots that the rows of `x` are in; without one the view's columns are
+                the tokens themselves.
 
         Returns:
-            `[B, T, D]`, and the cache: the one given with `x` written in, or the keys and values
-            of `x`.
+            `[B, T, D]`, and the cache with `x` written in or, without one, the keys and values
+            `[B, K, T, H]` of `x`.
         """
         config = self.config
         query, key, value = self._heads(x, _choose(view.rotations, windowed))
-        kernel = config.attention
-        if cache is not None:
-            kernel = "xla"
-            start = (0, 0, view.columns.first, 0)
-            key = jax.lax.dynamic_update_slice(cache[0], key.astype(cache[0].dtype), start)
-            value = jax.lax.dynamic_update_slice(cache[1], value.astype(cache[1].dtype), start)
-        kinds = {
-            windowed: functools.partial(
-                attend,
-                columns=view.columns,
-                scale=config.query_scale or config.head_dim**-0.5,
-                window=config.window if windowed else 0,
-                softcap=config.attention_softcap,
-                implementation=kernel,
-            )
-            for windowed in view.rotations
-        }
-        if isinstance(windowed, bool):
-            out = kinds[windowed](query, key, value)
+        if cache is None:
+            kept: Any = (key, value)
+            kinds = {
+                windowed: functools.partial(
+                    attend,
+                    columns=view.columns,
+                    implementation=config.attention,
+                    **config.scores(windowed),
+                )
+                for windowed in view.rotations
+            }
+            if isinstance(windowed, bool):
+                out = kinds[windowed](query, key, value)
+            else:
+                out = jax.lax.cond(windowed, kinds[True], kinds[False], query, key, value)
         else:
-            out = jax.lax.cond(windowed, kinds[True], kinds[False], query, key, value)
+            kept = write(cache, key, value, view.columns.column)
+            out = attend_cached(query, kept, view.columns, **config.scores(windowed))
         shape = (config.num_heads, config.head_dim, config.embed_dim)
         rows = jnp.swapaxes(out, 1, 2).reshape(-1, config.num_heads * config.head_dim)
         (out,) = _project(self, rows, {"out": (shape, ("heads", "head_dim", "embed"))})
         if config.out_bias:
             out += _bias(self, "out", (config.embed_dim,), ("norm",))
-        return out.reshape(x.shape), (key, value)
+        return out.reshape(x.shape), kept
 
     def _heads(self, x: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries `[B, N, T, H]`, keys and values `[B, K, T, H]`; positions are in the first two.

@@ -14,8 +14,8 @@ def model_flops(config: TransformerConfig, program: Program, length: int) -> flo
 
     Two for each weight and token, and four for each pair of tokens, of which a row has half as
     many as columns squared, in each layer and head; three times that with a backward pass, but
-    twice where weights are frozen below adapters. Of a prompt that is only read, the last token
-    alone meets the unembedding.
+    twice where weights are frozen below adapters. A prompt that is only read does not meet the
+    unembedding.
 
     Args:
         config: of the policy.
@@ -30,7 +30,7 @@ def model_flops(config: TransformerConfig, program: Program, length: int) -> flo
     of_weights = 2 * weights * (2 if program.backward and config.lora.rank else passes)
     flops = program.tokens * (of_weights + pairs * passes)
     if program.name == "prefill":
-        flops -= 2 * unembedding * (program.tokens - program.rows * program.trips)
+        flops -= 2 * unembedding * program.tokens
     return flops
 
 

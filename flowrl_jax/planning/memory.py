@@ -100,7 +100,7 @@ def _beside(program: Program, learner: Learner, arguments: tuple[Any, ...]) -> f
     keys = 4 * shape.num_layers * shape.num_kv_heads * shape.head_dim  # bfloat16, keys and values
     layer = 2 * (shape.num_parameters / shape.num_layers) / cut
     if program.name == "prefill":
-        return running + tokens * keys / _key_parts(shape, cut) + layer + 2 * unembedding
+        return running + tokens * keys / _key_parts(shape, cut) + layer
     if program.name == "score":
         return running + layer + 2 * unembedding
     return running + 8 * tokens * shape.vocab_rows / cut + layer

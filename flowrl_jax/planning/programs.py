@@ -8,25 +8,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from flowrl_jax.assembly import layout_of
+from flowrl_jax.assembly import layout_of, sampler_settings
 from flowrl_jax.buckets import check_buckets
 from flowrl_jax.config import Config
 from flowrl_jax.distributed import row_share
 from flowrl_jax.errors import InputError
 from flowrl_jax.learner import Learner, TrainStepConfig, check_batch
-from flowrl_jax.masking import positions_from_mask
 from flowrl_jax.models.architecture import TransformerConfig
-from flowrl_jax.models.attention import Columns
-from flowrl_jax.models.decode import decode_params, forward_cached, read_prompts, unembed
+from flowrl_jax.models.decode import decode_params, decode_shardings
 from flowrl_jax.models.transformer import Transformer
 from flowrl_jax.objectives import objective_of
 from flowrl_jax.optimizer import OptimizerConfig, make_optimizer
 from flowrl_jax.planning.shapes import planned_shape
 from flowrl_jax.rollouts import check_rollouts
+from flowrl_jax.sampler import SamplerConfig
+from flowrl_jax.sampler.programs import Programs, Rows, Slots
+from flowrl_jax.sampler.schedule import Schedule, column_sizes
 from flowrl_jax.sharding import Layout, make_mesh, sampling_layout
 from flowrl_jax.train_step import abstract_policy, abstract_state, make_score, make_train_step
-from flowrl_jax.types import TrainBatch
+from flowrl_jax.types import PromptBatch, TrainBatch
 
 Built = tuple[Callable[[], Any], tuple[Any, ...]]
 _WITHOUT_SPLASH = ("TPU v2", "TPU v3")  # their compiler refuses the kernel
@@ -181,26 +183,25 @@ def programs(config: Config, learner: Learner) -> Iterator[Program]:
     within = sampling_layout(layout, learner.model.config.axis_sizes, rollout.tensor)
     tpu = layout.mesh.devices.flat[0].platform == "tpu"
     attention = learner.model.config.attention if tpu else config.model.attention
-    sampler = dataclasses.replace(learner, layout=within)
-    token = dataclasses.replace(arrays, layout=within)
+    sampler = _Sampler(config, learner, within, rows)
     yield Program(
         "prefill",
-        lambda: _prefill(learner, within, arrays, prompts),
+        sampler.prefill,
         within,
-        rows=prompts,
+        rows=sampler.prompts,
         columns=width,
         trips=1,
-        runs=batches,
+        runs=batches * sampler.chunks,
         attention=attention,
     )
     yield Program(
         "decode",
-        lambda: _decode(sampler, token, rows),
+        sampler.decode,
         within,
-        rows=rows,
+        rows=sampler.slots,
         columns=1,
         trips=1,
-        runs=batches * length,
+        runs=batches * length * -(-rows // sampler.slots),
         attention=attention,
         replaced=1,
     )
@@ -282,69 +283,72 @@ def _score(learner: Learner, arrays: _Arrays, rows: int, rows_per_update: int) -
     return make, (policy_shapes(learner), tokens, *masks)
 
 
-def _prefill(learner: Learner, within: Layout, arrays: _Arrays, prompts: int) -> Built:
-    """Every prompt once; weights come from the layout of training into that of sampling."""
-    config = learner.model.config
+class _Sampler:
+    """The programs of sampling a batch, all rows of it as long as they may be."""
 
-    def prefill(params, tokens, mask):
-        positions = positions_from_mask(mask)
-        hidden, caches = read_prompts(params, config, tokens, positions, mask)
-        return unembed(params, config, hidden[:, -1]), caches
+    def __init__(self, config: Config, learner: Learner, within: Layout, rows: int):
+        rollout = config.rollout
+        self._learner, self._within, self._rows = learner, within, rows
+        self._width = rollout.max_prompt_length
+        settings = SamplerConfig(eos_ids=(), **sampler_settings(rollout))
+        self._programs = Programs(learner.model.config, settings, learner.layout, within)
+        limits = np.full(rows, rollout.max_response_length)
+        shards = self._programs.shards
+        schedule = Schedule(rows, rollout.group_size, shards, rollout.slots, limits, shrink=False)
+        self.slots = schedule.slots * shards
+        self.prompts = schedule.chunk_prompts * shards
+        self.chunks = -(-rows // (rollout.group_size * self.prompts))
+        self._columns = column_sizes(
+            max(self._width - 1, 1),
+            settings.first_columns,
+            rollout.max_response_length,
+            waiting=self.slots < rows,
+            grow=False,
+        )[-1]
 
-    # One row of each group: fewer than shards, perhaps, and then every device holds them all.
-    whole = prompts % within.batch_shards > 0
-    sharding = within.replicated if whole else within.batch
-    shape = (prompts, arrays.width)
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
-    mask = jax.ShapeDtypeStruct(shape, bool, sharding=sharding)
-    rows = None if whole else "batch"
-    cache = within.sharding(rows, "kv_heads", None, "head_dim")
-    outputs = (within.sharding(rows, "vocab"), cache)
-    make = functools.partial(within.jit, prefill, out_shardings=outputs)
-    return make, (policy_shapes(learner), tokens, mask)
+    def _array(self, *shape: int, dtype: Any = jnp.int32, layout: Layout | None = None) -> Any:
+        sharding = (layout or self._within).batch
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
+    def _pick(self) -> Any:
+        shards = self._programs.shards
+        return self._array(shards, self.prompts // shards)
 
-def _decode(learner: Learner, arrays: _Arrays, rows: int) -> Built:
-    """One token of every row, over a cache of the full length."""
-    config, layout = learner.model.config, learner.layout
-    columns = arrays.width + arrays.length
-    cache = jax.ShapeDtypeStruct(
-        (rows, config.num_kv_heads, columns, config.head_dim),
-        config.dtype,
-        sharding=layout.sharding("batch", "kv_heads", "seq", "head_dim"),
-    )
-    caches = ((cache, cache),) * config.num_layers
-    weights = jax.eval_shape(lambda params: decode_params(params, config), policy_shapes(learner))
-    weights = _sharded_like(weights, learner)
+    def prefill(self) -> Built:
+        """Prompts of one chunk; weights come from the layout of training into that of sampling."""
+        shape, layout = (self._rows, self._width), self._learner.layout
+        tokens = self._array(*shape, layout=layout)
+        prompts = PromptBatch(tokens, self._array(*shape, dtype=bool, layout=layout))
+        arguments = (policy_shapes(self._learner), prompts, self._pick())
+        return lambda: self._programs.prefill, arguments
 
-    def decode(weights, caches, token, position, real, column):
-        hidden, caches = forward_cached(
-            weights, config, token, position, Columns(real, column), caches
+    def decode(self) -> Built:
+        """One token of every slot, over a cache of the full length."""
+        programs, config = self._programs, self._learner.model.config
+        weights = jax.eval_shape(
+            lambda params: decode_params(params, config), policy_shapes(self._learner)
         )
-        return unembed(weights, config, hidden[:, 0]), caches
-
-    one = arrays.rows(rows, 1, dtype=jnp.int32)
-    real = arrays.rows(rows, columns, dtype=bool)
-    column = jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.replicated)
-    make = functools.partial(layout.jit, decode, donate_argnums=1)
-    return make, (weights, caches, one, one, real, column)
-
-
-def _sharded_like(weights: Any, learner: Learner) -> Any:
-    """Decoding's weights, cut as the policy's are; layers are apart and have no axis of layers."""
-    policy = policy_shapes(learner)
-
-    def drop(x, whole):
-        spec = tuple(whole.sharding.spec)[1:]
-        sharding = jax.sharding.NamedSharding(
-            whole.sharding.mesh, jax.sharding.PartitionSpec(*spec)
+        weights = _placed(weights, decode_shardings(config, self._within))
+        _, (params, prompts, pick) = self.prefill()
+        read = jax.eval_shape(programs.read, params, prompts, pick)
+        key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+        rows = Rows(self._array(self._rows, *key.shape, dtype=key.dtype), self._array(self._rows))
+        slots = jax.eval_shape(
+            lambda read, rows: programs.without_rows(read, rows, self.slots, self._columns),
+            read,
+            rows,
         )
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        slots = _placed(slots, programs.shardings(Slots))
+        key_impl = jax.random.key_impl(jax.random.key(0))
+        make = functools.partial(
+            self._within.jit,
+            lambda weights, slots: programs.token(weights, slots, key_impl),
+            donate_argnums=1,
+            out_shardings=(programs.shardings(Slots), None),
+        )
+        return make, (weights, slots)
 
-    def keep(x, whole):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole.sharding)
 
-    layers = tuple(jax.tree.map(drop, layer, policy["layers"]) for layer in weights["layers"])
-    rest = {name: value for name, value in policy.items() if name != "layers"}
-    kept = jax.tree.map(keep, {name: weights[name] for name in rest}, rest)
-    return {**kept, "layers": layers}
+def _placed(shapes: Any, shardings: Any) -> Any:
+    """Shapes with shardings."""
+    return jax.tree.map(lambda x, sharding: x.update(sharding=sharding), shapes, shardings)

@@ -1,0 +1,379 @@
+"""The jitted programs of the sampler: read prompts, let rows in, decode, move caches along.
+
+Each is compiled once for every number of slots and columns that `schedule` lists. Nothing in them
+depends on which row is in which slot.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import PartitionSpec
+
+from flowrl_jax.masking import positions_from_mask
+from flowrl_jax.models.cache import KVCache
+from flowrl_jax.models.decode import decode_params, decode_token, read_prompts
+from flowrl_jax.models.decode_attention import Held, make_cache
+from flowrl_jax.models.transformer import TransformerConfig
+from flowrl_jax.sampler.sampling import draw
+from flowrl_jax.sampler.settings import SamplerConfig
+from flowrl_jax.sharding import Layout, constrain
+from flowrl_jax.types import PromptBatch, Rollout
+
+
+@struct.dataclass
+class Prompts:
+    """Prompts that have been read, W of them, all but their last tokens.
+
+    Attributes:
+        caches: `[W, K, P - 1, H]` of each layer; columns of padding first.
+        token: `[W]` int32, the last tokens.
+        length: `[W]` int32, columns that are no padding.
+    """
+
+    caches: tuple[KVCache, ...]
+    token: jax.Array
+    length: jax.Array
+
+
+@struct.dataclass
+class Rows:
+    """What is fixed about the rows of a batch, B of them.
+
+    Attributes:
+        key: `[B, ...]` uint32, data of each row's key.
+        limit: `[B]` int32, tokens that its response may have.
+    """
+
+    key: jax.Array
+    limit: jax.Array
+
+
+@struct.dataclass
+class Row:
+    """What is known of the rows in S slots.
+
+    Attributes:
+        token: `[S]` int32, the newest token, which is not in the cache yet.
+        length: `[S]` int32, tokens in the cache: the last so many columns.
+        drawn: `[S]` int32, tokens of the response.
+        active: `[S]` bool, whether there is a row that has not ended.
+        stopped: `[S]` bool, whether it has ended by a token, not by its limit.
+        fixed: their rows' keys and limits.
+    """
+
+    token: jax.Array
+    length: jax.Array
+    drawn: jax.Array
+    active: jax.Array
+    stopped: jax.Array
+    fixed: Rows
+
+
+@struct.dataclass
+class Slots:
+    """Rows that are being decoded, and their caches.
+
+    Attributes:
+        row: of each slot.
+        caches: `[S, K, C, H]` of each layer.
+        column: scalar int32, the next column that is written.
+    """
+
+    row: Row
+    caches: tuple[KVCache, ...]
+    column: jax.Array
+
+
+@struct.dataclass
+class Log:
+    """What a segment drew, one row for each of its steps.
+
+    Attributes:
+        token: `[L, S]` int32.
+        logprob: `[L, S]` float32, of the distribution that was drawn from.
+        policy_logprob: `[L, S]` float32, of the policy itself.
+    """
+
+    token: jax.Array
+    logprob: jax.Array
+    policy_logprob: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The programs of one model, sampler and layout; jitted on first use.
+
+    Attributes:
+        shape: of the model.
+        config: how to sample.
+        layout: where prompts come from and the rollout goes to; None: where the inputs are.
+        within: where weights, caches and activations live in the meantime.
+    """
+
+    shape: TransformerConfig
+    config: SamplerConfig
+    layout: Layout | None
+    within: Layout | None
+
+    @property
+    def shards(self) -> int:
+        """Parts that rows and slots are cut into."""
+        return self.within.batch_shards if self.within else 1
+
+    def cache_sharding(self) -> Any:
+        """How caches are cut."""
+        return self.within and self.within.sharding("batch", "kv_heads", None, "head_dim")
+
+    def shardings(self, kind: type) -> Any:
+        """Of `Prompts`, `Rows` or `Slots`; None without a layout."""
+        if self.within is None:
+            return None
+        rows, one = self.within.batch, self.within.replicated
+        scale = self.within.sharding("batch", "kv_heads", None)
+        eight = self.config.cache_dtype(self.shape.dtype) == jnp.int8
+        cache = KVCache(*[self.cache_sharding()] * 2, *[scale if eight else None] * 2)
+        caches = (cache,) * self.shape.num_layers
+        fixed = Rows(rows, rows)
+        return {
+            Rows: lambda: fixed,
+            Prompts: lambda: Prompts(caches, rows, rows),
+            Slots: lambda: Slots(Row(*[rows] * 5, fixed), caches, one),
+        }[kind]()
+
+    def _jit(self, function: Callable, kind: type | None = None, **settings: Any) -> Any:
+        if self.within is None:
+            return jax.jit(function, **settings)
+        if kind is not None:
+            settings["out_shardings"] = self.shardings(kind)
+        return self.within.jit(function, **settings)
+
+    @functools.cached_property
+    def weights(self) -> Callable:
+        """Of the policy's parameters: what decoding wants."""
+        return self._jit(lambda params: decode_params(params, self.shape, self.within))
+
+    @functools.cached_property
+    def rows(self) -> Callable:
+        """Of a key, a `PromptBatch` and limits `[B]`: `Rows`."""
+
+        def rows(key, prompts: PromptBatch, limit):
+            places = jnp.arange(limit.shape[0], dtype=jnp.int32)
+            group = self.config.group_size
+            prompt = places // group if prompts.prompt_id is None else prompts.prompt_id
+            sample = places % group if prompts.sample_id is None else prompts.sample_id
+            fold = jax.vmap(lambda i, j: jax.random.fold_in(jax.random.fold_in(key, i), j))
+            return Rows(jax.random.key_data(fold(prompt, sample)), limit)
+
+        return self._jit(rows, Rows)
+
+    @functools.cached_property
+    def prefill(self) -> Callable:
+        """Of parameters, a `PromptBatch` and rows of each shard `[D, w]`: `Prompts`."""
+        return self._jit(self.read, Prompts)
+
+    def read(self, params: Any, prompts: PromptBatch, pick: jax.Array) -> Prompts:
+        """What `prefill` jits."""
+
+        def choose(x):
+            parts = x.reshape(self.shards, -1, x.shape[1])
+            parts = constrain(parts, "batch", None, None)
+            chosen = jnp.take_along_axis(parts, pick[:, :, None], axis=1)
+            return constrain(chosen.reshape(-1, x.shape[1]), "batch", None)
+
+        tokens, mask = choose(prompts.tokens), choose(prompts.mask)
+        last = tokens[:, -1]
+        # A prompt of one token has nothing before it; one column of padding keeps arrays whole.
+        wide = ((0, 0), (max(2 - tokens.shape[1], 0), 0))
+        tokens, mask = jnp.pad(tokens, wide)[:, :-1], jnp.pad(mask, wide)[:, :-1]
+        kept = read_prompts(params, self.shape, tokens, positions_from_mask(mask), mask)
+        dtype = self.config.cache_dtype(self.shape.dtype)
+        caches = tuple(make_cache(key, value, dtype) for key, value in kept)
+        return Prompts(caches, last, mask.sum(axis=1, dtype=jnp.int32))
+
+    @functools.cached_property
+    def empty(self) -> Callable:
+        """Of `Prompts`, `Rows` and static numbers of slots and columns: `Slots` without rows."""
+        return self._jit(self.without_rows, Slots, static_argnums=(2, 3))
+
+    def without_rows(self, prompts: Prompts, rows: Rows, slots: int, columns: int) -> Slots:
+        """What `empty` jits."""
+
+        def cache(x):
+            return jnp.zeros((slots, x.shape[1], columns, *x.shape[3:]), x.dtype)
+
+        none, false = jnp.zeros(slots, jnp.int32), jnp.zeros(slots, bool)
+        fixed = jax.tree.map(lambda x: jnp.zeros((slots, *x.shape[1:]), x.dtype), rows)
+        width = prompts.caches[0].key.shape[2]
+        caches = jax.tree.map(cache, prompts.caches)
+        return Slots(Row(none, none, none, false, false, fixed), caches, jnp.int32(width))
+
+    @functools.cached_property
+    def enter(self) -> Callable:
+        """Of `Slots`, `Prompts`, `Rows` and a `Refill`'s arrays: `Slots` with the rows let in."""
+        return self._jit(self._enter, Slots, donate_argnums=0)
+
+    def _enter(self, slots: Slots, prompts: Prompts, rows: Rows, slot, prompt, row, count) -> Slots:
+        def local(slots, prompts, rows, slot, prompt, row, count):
+            width = prompts.caches[0].key.shape[2]
+
+            def one(i, slots):
+                at, of, who = slot[0, i], prompt[0, i], row[0, i]
+
+                def copy(old, new):
+                    new = jax.lax.dynamic_slice_in_dim(new, of, 1)
+                    start = (at, 0, slots.column - width) + (0,) * (old.ndim - 3)
+                    return jax.lax.dynamic_update_slice(old, new, start)
+
+                values = Row(
+                    token=prompts.token[of],
+                    length=prompts.length[of],
+                    drawn=jnp.int32(0),
+                    active=jnp.bool(True),
+                    stopped=jnp.bool(False),
+                    fixed=jax.tree.map(lambda x: x[who], rows),
+                )
+                return Slots(
+                    row=jax.tree.map(lambda x, value: x.at[at].set(value), slots.row, values),
+                    caches=jax.tree.map(copy, slots.caches, prompts.caches),
+                    column=slots.column,
+                )
+
+            return jax.lax.fori_loop(0, count[0], one, slots)
+
+        return self._by_shards(local, slots, prompts, rows, slot, prompt, row, count)
+
+    def _by_shards(self, local: Callable, slots: Slots, *arguments: Any) -> Slots:
+        """Runs a function of slots on every device for its own."""
+        if self.within is None:
+            return local(slots, *arguments)
+        kinds = (Slots, Prompts, Rows)
+
+        def spec(x):
+            if isinstance(x, kinds):
+                return jax.tree.map(lambda sharding: sharding.spec, self.shardings(type(x)))
+            return self.within.batch.spec if x.ndim else PartitionSpec()
+
+        return jax.shard_map(
+            local,
+            mesh=self.within.mesh,
+            in_specs=tuple(spec(x) for x in (slots, *arguments)),
+            out_specs=spec(slots),
+            check_vma=False,
+        )(slots, *arguments)
+
+    @functools.cached_property
+    def move(self) -> Callable:
+        """Of `Slots`, slots to keep `[D, s]`, a shift and static columns: `Slots` moved."""
+        return self._jit(self._move, Slots, static_argnums=3)
+
+    def _move(self, slots: Slots, take, shift, columns: int) -> Slots:
+        def local(slots, take, shift):
+            def cache(x):
+                kept = jnp.roll(x[take[0]], -shift, axis=2)[:, :, :columns]
+                room = columns - kept.shape[2]
+                return jnp.pad(kept, ((0, 0), (0, 0), (0, room)) + ((0, 0),) * (x.ndim - 3))
+
+            return Slots(
+                row=jax.tree.map(lambda x: x[take[0]], slots.row),
+                caches=jax.tree.map(cache, slots.caches),
+                column=slots.column - shift,
+            )
+
+        return self._by_shards(local, slots, take, shift)
+
+    @functools.cached_property
+    def segment(self) -> Callable:
+        """Decodes until the host is to be asked.
+
+        Of weights, `Slots`, `floors` of a `Schedule` (two) and the key's implementation, which is
+        static: `Slots`, a `Log`, and what the host looks at: each slot's `active`, `stopped` and
+        `drawn`, and the column.
+        """
+        settings: dict[str, Any] = {}
+        if self.within is not None:
+            settings["out_shardings"] = (self.shardings(Slots), *[self.within.replicated] * 2)
+        return self._jit(self._segment, donate_argnums=1, static_argnums=4, **settings)
+
+    def _segment(self, weights, slots: Slots, refill, shrink, key_impl):
+        columns, count = slots.caches[0].key.shape[2], slots.row.token.shape[0]
+        log = (self.config.segment, count)
+
+        def going(carry):
+            step, slots, _ = carry
+            active = slots.row.active.reshape(self.shards, -1).sum(axis=1)
+            room = (step < self.config.segment) & (slots.column < columns)
+            return room & jnp.all(active > refill) & (jnp.max(active) > shrink)
+
+        def body(carry):
+            step, slots, log = carry
+            slots, drawn = self.token(weights, slots, key_impl)
+            log = jax.tree.map(
+                lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, step, 0), log, drawn
+            )
+            return step + 1, slots, log
+
+        empty = Log(jnp.zeros(log, jnp.int32), jnp.zeros(log), jnp.zeros(log))
+        _, slots, log = jax.lax.while_loop(going, body, (jnp.int32(0), slots, empty))
+        row = slots.row
+        return slots, log, (row.active, row.stopped, row.drawn, slots.column)
+
+    def token(self, weights: Any, slots: Slots, key_impl: Any) -> tuple[Slots, Log]:
+        """Draws a token for every row: a step of `segment`."""
+        row, config = slots.row, self.config
+        held = Held(slots.column, jnp.where(row.active, row.length + 1, 0))
+        logits, caches = decode_token(
+            weights, self.shape, row.token, row.length, held, slots.caches
+        )
+        keys = jax.random.wrap_key_data(row.fixed.key, impl=key_impl)
+        uniform = jax.vmap(lambda key, i: jax.random.uniform(jax.random.fold_in(key, i)))
+        token, logprob, policy_logprob = draw(
+            logits,
+            uniform(keys, row.drawn),
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            min_p=config.min_p,
+        )
+        drawn = row.drawn + row.active
+        stopped = jnp.isin(token, jnp.array(config.eos_ids, jnp.int32)) & row.active
+        row = Row(
+            token=token,
+            length=row.length + row.active,
+            drawn=drawn,
+            active=row.active & ~stopped & (drawn < row.fixed.limit),
+            stopped=row.stopped | stopped,
+            fixed=row.fixed,
+        )
+        return Slots(row, caches, slots.column + 1), Log(token, logprob, policy_logprob)
+
+    @functools.cached_property
+    def assemble(self) -> Callable:
+        """Of a `PromptBatch`, `[B, T]` tokens and two kinds of log-probabilities, lengths and
+        whether rows were cut short `[B]`: a `Rollout`."""
+
+        def assemble(prompts: PromptBatch, tokens, logprobs, policy_logprobs, length, truncated):
+            return Rollout(
+                tokens=jnp.concatenate([prompts.tokens, tokens], axis=1),
+                prompt_mask=prompts.mask,
+                response_mask=jnp.arange(tokens.shape[1]) < length[:, None],
+                sampler_logprobs=logprobs,
+                policy_logprobs=policy_logprobs,
+                truncated=truncated,
+            )
+
+        if self.layout is None:
+            return jax.jit(assemble)
+        return self.layout.jit(assemble, out_shardings=self.layout.batch)
+
+
+@functools.lru_cache(maxsize=32)
+def programs_of(
+    shape: TransformerConfig, config: SamplerConfig, layout: Layout | None, within: Layout | None
+) -> Programs:
+    """The programs of these settings, the same ones for the same settings."""
+    return Programs(shape, config, layout, within)
