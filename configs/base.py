@@ -94,6 +94,11 @@ def get_config() -> ml_collections.ConfigDict:
         "prompts_per_batch": 0,  # sampled at one time; 0: all
         "tensor": 0,  # parts of heads while sampling; 0: as the mesh, -1: as key heads allow
         "old_logprobs": "trainer",  # computed again, as released; sampler saves a forward pass
+        "correction": {
+            "kind": "none",  # of sampler to trainer: token, sequence, token_mask, sequence_mask
+            "low": 0.0,  # of masks: lower weights are left out
+            "high": 2.0,  # greatest weight; masks leave out greater ones
+        },
     }
     config.loss = loss_fields("flowrl", PRESETS["flowrl"])  # see docs/objective.md
     config.optimizer = _optimizer()

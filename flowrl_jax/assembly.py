@@ -215,6 +215,7 @@ def make_learner(
         temperature=parts.config.rollout.temperature,
         config=parts.config.train.step,
         layout=parts.layout,
+        correction=parts.config.rollout.correction,
     )
     try:
         check_batch(learner, rows)

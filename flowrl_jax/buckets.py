@@ -186,12 +186,16 @@ def _step_programs(learner: Learner, num_prompts: int) -> tuple[Callable, Callab
 def _take(batch: TrainBatch, rows: jax.Array, length: int) -> TrainBatch:
     """Some rows of a batch with the first columns of their responses."""
     width = batch.prompt_mask.shape[1]
+    correction = batch.correction
+    if correction is not None and correction.ndim == 2:
+        correction = correction[:, :length]
     short = dataclasses.replace(
         batch,
         tokens=batch.tokens[:, : width + length],
         response_mask=batch.response_mask[:, :length],
         old_logprobs=batch.old_logprobs[:, :length],
         ref_logprobs=batch.ref_logprobs[:, :length],
+        correction=correction,
     )
     return jax.tree.map(lambda x: _rows(x, rows), short)
 

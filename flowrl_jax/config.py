@@ -18,7 +18,8 @@ from flowrl_jax.errors import InputError
 from flowrl_jax.learner import TrainStepConfig
 from flowrl_jax.metric_sinks import MetricsConfig
 from flowrl_jax.models.architecture import LoraConfig
-from flowrl_jax.objectives import OBJECTIVES
+from flowrl_jax.objectives import OBJECTIVES, check_correction
+from flowrl_jax.objectives.correction import CorrectionConfig
 from flowrl_jax.optimizer import OptimizerConfig
 from flowrl_jax.sharding import MeshConfig
 from flowrl_jax.tasks import TaskConfig
@@ -151,6 +152,7 @@ class RolloutConfig:
         tensor: parts of heads, mlp and vocabulary while sampling, see `sampling_layout`.
         old_logprobs: of the policy that sampled: "trainer" computes them again as the released
             code does, "sampler" takes the sampler's. Their largest difference is logged.
+        correction: weights for that difference, see `CorrectionConfig`.
     """
 
     prompts_per_step: int = 512
@@ -167,6 +169,7 @@ class RolloutConfig:
     prompts_per_batch: int = 0
     tensor: int = 0
     old_logprobs: str = "trainer"
+    correction: CorrectionConfig = CorrectionConfig()
 
     def __post_init__(self):
         for field in ("prompts_per_step", "group_size", "max_prompt_length", "max_response_length"):
@@ -204,6 +207,11 @@ class RolloutConfig:
             f" min_p={self.min_p}: the sampler's log-probabilities are of the truncated"
             " distribution, which the trainer's are not; set old_logprobs='trainer', or top_k=0,"
             " top_p=1 and min_p=0",
+        )
+        _require(
+            self.old_logprobs == "trainer" or self.correction.kind == "none",
+            f"rollout.correction.kind={self.correction.kind!r} with old_logprobs='sampler' has"
+            " nothing to correct, all weights being 1: set old_logprobs='trainer', or kind='none'",
         )
 
 
@@ -346,6 +354,7 @@ class Config:
             f" rollout.max_response_length={limit}, which is always the last of them: leave out"
             " what is as large or larger",
         )
+        check_correction(self.loss, self.rollout.correction)
 
     @property
     def updates(self) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 import optax
 
 from flowrl_jax.models.transformer import Transformer
+from flowrl_jax.objectives.correction import CorrectionConfig
 from flowrl_jax.objectives.log_z import LogZConfig
 from flowrl_jax.sharding import Layout
 
@@ -51,6 +52,7 @@ class Learner:
         temperature: at which responses are sampled; log-probabilities are taken at it.
         config: how steps are computed.
         layout: where arrays live.
+        correction: weights for what sampler and trainer disagree about.
     """
 
     model: Transformer
@@ -60,6 +62,7 @@ class Learner:
     temperature: float
     config: TrainStepConfig
     layout: Layout
+    correction: CorrectionConfig = CorrectionConfig()
 
     @property
     def log_z(self) -> LogZConfig | None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flowrl_jax.learner import Learner
 from flowrl_jax.masking import masked_mean, masked_sum
 from flowrl_jax.objectives.advantages import normalize_rewards
+from flowrl_jax.objectives.correction import correction_weights, sampler_agreement
 from flowrl_jax.objectives.flowrl import FlowRLConfig, log_z_target
 from flowrl_jax.types import Rollout, TrainBatch
 
@@ -16,7 +17,7 @@ def make_learning_batch(learner: Learner) -> Callable:
     """A jitted `(rollout, old_logprobs, ref_logprobs, reward, prompt_id)` to batch and metrics.
 
     Args:
-        learner: names objective, group size and mesh.
+        learner: names objective, group size, correction and mesh.
 
     Returns:
         A function of a `Rollout`, two `[B, T]` float32 arrays, raw rewards `[B]` float32 and
@@ -25,6 +26,9 @@ def make_learning_batch(learner: Learner) -> Callable:
 
     def build(rollout: Rollout, old_logprobs, ref_logprobs, reward, prompt_id):
         normalized = normalize_rewards(reward, learner.group_size, learner.objective.reward_norm)
+        pair = (old_logprobs, rollout.sampler_logprobs, rollout.response_mask)
+        correction, seen = correction_weights(*pair, learner.correction)
+        seen |= sampler_agreement(*pair)
         batch = TrainBatch(
             tokens=rollout.tokens,
             prompt_mask=rollout.prompt_mask,
@@ -34,8 +38,10 @@ def make_learning_batch(learner: Learner) -> Callable:
             reward=normalized,
             prompt_id=prompt_id,
             row_id=jnp.arange(reward.shape[0], dtype=jnp.int32),
+            correction=correction,
         )
-        return batch, _metrics(learner, rollout, batch, reward)
+        metrics = {f"rollout/{name}": value for name, value in seen.items()}
+        return batch, metrics | _metrics(learner, rollout, batch, reward)
 
     layout = learner.layout
     return jax.jit(build, out_shardings=(layout.batch, layout.replicated))
@@ -46,7 +52,6 @@ def _metrics(learner: Learner, rollout: Rollout, batch: TrainBatch, reward: jax.
     length = mask.sum(axis=1)
     groups = reward.reshape(-1, learner.group_size)
     varied = jnp.any(groups != groups[:, :1], axis=1)
-    difference = jnp.where(mask, rollout.sampler_logprobs - batch.old_logprobs, 0.0)
     metrics = {
         "rollout/length_mean": jnp.mean(length.astype(jnp.float32)),
         "rollout/length_max": jnp.max(length),
@@ -56,7 +61,6 @@ def _metrics(learner: Learner, rollout: Rollout, batch: TrainBatch, reward: jax.
         # The mean surprise of what was sampled: an unbiased estimate of the policy's entropy.
         "rollout/entropy": -masked_mean(rollout.sampler_logprobs, mask),
         "rollout/groups_with_signal": jnp.mean(varied.astype(jnp.float32)),
-        "rollout/sampler_logprob_diff_max": jnp.max(jnp.abs(difference)),
         "rollout/kl_to_reference": jnp.mean(
             masked_sum(batch.old_logprobs - batch.ref_logprobs, mask, axis=1)
         ),

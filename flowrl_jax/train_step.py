@@ -80,7 +80,11 @@ def _loss_sums(params, batch: TrainBatch, key, learner: Learner, base: Any, grad
         target = log_z_target(config=learner.objective, **arrays)
     log_z = _log_z(learner, params["log_z"], hidden, batch, target, key)
     loss, weight, metrics = objective_of(learner.objective).terms(
-        learner.objective, log_z=log_z, old_logprobs=batch.old_logprobs, **arrays
+        learner.objective,
+        log_z=log_z,
+        old_logprobs=batch.old_logprobs,
+        correction=batch.correction,
+        **arrays,
     )
     difference = jnp.abs(jnp.where(mask, logprobs - batch.old_logprobs, 0.0))
     metrics["old_logprob_diff_max"] = jnp.max(difference)

@@ -67,6 +67,8 @@ class TrainBatch:
         prompt_id: `[B]` int32, row of the log Z table; nothing else reads it.
         row_id: `[B]` int32, the row's place in the rollout; seeds per-row dropout, so that the
             result does not depend on how the batch is cut. The row's place in this batch if None.
+        correction: float32 weights of `[B, T]` tokens or of `[B]` responses, see
+            `objectives.correction`; all 1 if None.
     """
 
     tokens: jax.Array
@@ -77,6 +79,7 @@ class TrainBatch:
     reward: jax.Array
     prompt_id: jax.Array | None = None
     row_id: jax.Array | None = None
+    correction: jax.Array | None = None
 
 
 @struct.dataclass

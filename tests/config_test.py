@@ -135,6 +135,23 @@ WRONG = {
     "truncated old": (
         {"rollout__old_logprobs": "sampler", "rollout__top_p": 0.9}, "the truncated distribution"
     ),
+    "correction": ({"rollout__correction__kind": "tis"}, "correction.kind='tis' is not known"),
+    "correction bounds": (
+        {"rollout__correction__low": 2.0}, "correction.low=2.0 must be in [0, 1] and"
+    ),
+    "correction cap": ({"rollout__correction__high": 0.5}, "correction.high=0.5 at least 1"),
+    "correction low": (
+        {"rollout__correction__kind": "sequence", "rollout__correction__low": 0.5},
+        "set low=0, or kind='sequence_mask'",
+    ),
+    "nothing to correct": (
+        {"rollout__correction__kind": "sequence", "rollout__old_logprobs": "sampler"},
+        "rollout.correction.kind='sequence' with old_logprobs='sampler' has nothing to correct",
+    ),
+    "tokens of a flow": (
+        {"rollout__correction__kind": "token"},
+        "kind='token' does not fit loss.objective='flowrl', whose loss is one number per response",
+    ),
     "k": ({"eval__k": 17}, "eval.k=17 must lie in 1..eval.samples=16"),
     "eval batch": ({"eval__prompts_per_batch": 0}, "eval.prompts_per_batch=0 must be at least 1"),
     "schedule": ({"optimizer__schedule": "step"}, "optimizer.schedule='step' is not known"),

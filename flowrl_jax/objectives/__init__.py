@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flowrl_jax.objectives.correction import PER_RESPONSE, PER_TOKEN, CorrectionConfig
 from flowrl_jax.objectives.flowrl import FlowRLConfig, Metrics, flowrl_loss
 from flowrl_jax.objectives.grpo import GRPOConfig, aggregate_tokens, grpo_loss
 from flowrl_jax.objectives.sft import SFTConfig, sft_loss
@@ -26,14 +27,16 @@ class Objective:
 
     Attributes:
         config_class: its frozen config; has a `reward_norm` field.
-        terms: `(config, *, log_z, logprobs, ref_logprobs, old_logprobs, reward, mask)` to
-            `LossTerms`; shapes as in `flowrl_loss`.
+        terms: `(config, *, log_z, logprobs, ref_logprobs, old_logprobs, reward, mask, correction)`
+            to `LossTerms`; shapes as in `flowrl_loss`.
         needs_reference: whether this config reads `ref_logprobs`.
+        corrections: kinds of `CorrectionConfig`, "none" aside, whose weights the loss can take.
     """
 
     config_class: type
     terms: Callable[..., LossTerms]
     needs_reference: Callable[[Any], bool]
+    corrections: tuple[str, ...] = ()
 
 
 def _flowrl_terms(config: FlowRLConfig, **arrays) -> LossTerms:
@@ -54,8 +57,10 @@ def _sft_terms(config: SFTConfig, *, logprobs, mask, **arrays) -> LossTerms:
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "flowrl": Objective(FlowRLConfig, _flowrl_terms, lambda config: True),
-    "grpo": Objective(GRPOConfig, _grpo_terms, lambda config: config.kl_coef > 0.0),
+    "flowrl": Objective(FlowRLConfig, _flowrl_terms, lambda config: True, PER_RESPONSE),
+    "grpo": Objective(
+        GRPOConfig, _grpo_terms, lambda config: config.kl_coef > 0.0, PER_TOKEN + PER_RESPONSE
+    ),
     "sft": Objective(SFTConfig, _sft_terms, lambda config: False),
 }
 
@@ -70,3 +75,26 @@ def objective_of(config: Any) -> Objective:
         if type(config) is objective.config_class:
             return objective
     raise TypeError(f"{type(config).__name__} is the config of no objective in OBJECTIVES")
+
+
+def check_correction(config: Any, correction: CorrectionConfig) -> None:
+    """Refuses weights that an objective's loss cannot take.
+
+    Args:
+        config: of the objective.
+        correction: names the weights.
+
+    Raises:
+        ValueError: with the kind, the reason and the kinds that are left.
+    """
+    known = ("none", *objective_of(config).corrections)
+    if correction.kind in known:
+        return
+    name = next(name for name, found in OBJECTIVES.items() if type(config) is found.config_class)
+    reason = "one number per response and no sum over tokens, which could be weighed one by one"
+    if len(known) == 1:
+        reason = "of demonstrations, which no policy sampled"
+    raise ValueError(
+        f"rollout.correction.kind={correction.kind!r} does not fit loss.objective={name!r}, whose"
+        f" loss is {reason}: use one of {known}"
+    )

@@ -131,11 +131,13 @@ def flowrl_loss(
     reward: jax.Array,
     mask: jax.Array,
     config: FlowRLConfig,
+    correction: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """The loss of each response, not yet averaged.
 
     Its gradients, for the mean over B responses, are `2 w residual mask / (B n)` by each
-    log-probability and `2 w residual / B` by log Z.
+    log-probability and `2 w residual / B` by log Z; `w` is the importance weight times
+    `correction`.
 
     Args:
         log_z: `[B]` float32.
@@ -146,6 +148,8 @@ def flowrl_loss(
         mask: `[B, T]`, 1 on response tokens including the end-of-sequence token. Values where it
             is 0 never matter, not even NaN.
         config: switches.
+        correction: `[B]` float32, `correction_weights` of whole responses; None: all 1. The
+            metrics know nothing of it.
 
     Returns:
         `[B]` float32 losses, and scalar metrics (means over the B responses; names ending in
@@ -157,7 +161,8 @@ def flowrl_loss(
     check_shapes(
         logprobs,
         per_token={"ref_logprobs": ref_logprobs, "old_logprobs": old_logprobs, "mask": mask},
-        per_response={"log_z": log_z, "reward": reward},
+        per_response={"log_z": log_z, "reward": reward}
+        | ({} if correction is None else {"correction": correction}),
     )
     flow = log_z + reference_log_ratio(logprobs, ref_logprobs, mask, config)
     scaled_reward = config.beta * reward
@@ -176,4 +181,6 @@ def flowrl_loss(
     metrics = {name: jnp.mean(value.astype(jnp.float32)) for name, value in metrics.items()}
     metrics["importance_weight_max"] = jnp.max(weight)
     metrics = jax.tree.map(jax.lax.stop_gradient, metrics)
+    if correction is not None:
+        weight = weight * jax.lax.stop_gradient(correction)
     return weight * residual**2, metrics

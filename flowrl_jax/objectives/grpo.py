@@ -61,11 +61,12 @@ def grpo_loss(
     reward: jax.Array,
     mask: jax.Array,
     config: GRPOConfig,
+    correction: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """The loss of each response token, not yet averaged.
 
-    `max(-A rho, -A clip(rho)) + kl_coef (e^-delta + delta - 1)` with `rho = pi / pi_old` and
-    `delta = log pi - log pi_ref`.
+    `c max(-A rho, -A clip(rho)) + kl_coef (e^-delta + delta - 1)` with `rho = pi / pi_old`,
+    `delta = log pi - log pi_ref` and `c` the correction; it spares the penalty, as in TRL.
 
     Args:
         logprobs: `[B, T]` float32 of the policy being trained; carries the gradient.
@@ -74,6 +75,8 @@ def grpo_loss(
         reward: `[B]` float32, the advantage: already normalised as `config.reward_norm` says.
         mask: `[B, T]`, 1 on response tokens including the end-of-sequence token.
         config: switches.
+        correction: `[B, T]` or `[B]` float32, `correction_weights` of tokens or of whole responses;
+            None: all 1. The metrics know nothing of it.
 
     Returns:
         `[B, T]` float32 losses (0 where masked), and scalar metrics (means over responses of
@@ -82,17 +85,20 @@ def grpo_loss(
     Raises:
         ValueError: if shapes do not fit.
     """
-    check_shapes(
-        logprobs,
-        per_token={"ref_logprobs": ref_logprobs, "old_logprobs": old_logprobs, "mask": mask},
-        per_response={"reward": reward},
-    )
+    per_token = {"ref_logprobs": ref_logprobs, "old_logprobs": old_logprobs, "mask": mask}
+    per_response = {"reward": reward}
+    if correction is not None:
+        (per_token if correction.ndim == 2 else per_response)["correction"] = correction
+    check_shapes(logprobs, per_token=per_token, per_response=per_response)
     mask = mask.astype(bool)
     log_ratio = jnp.where(mask, logprobs - old_logprobs, 0.0)
     ratio = jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
     clipped = jnp.clip(ratio, 1.0 - config.clip_low, 1.0 + config.clip_high)
     advantage = reward[:, None]
     loss = jnp.maximum(-advantage * ratio, -advantage * clipped)
+    if correction is not None:
+        correction = jax.lax.stop_gradient(correction)
+        loss *= correction if correction.ndim == 2 else correction[:, None]
     if config.kl_coef:
         # Bounded as a whole: with only the exponential bounded, the rest would push a token that
         # has fallen far below the reference further down.

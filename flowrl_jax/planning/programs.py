@@ -20,6 +20,7 @@ from flowrl_jax.models.architecture import TransformerConfig
 from flowrl_jax.models.decode import decode_params, decode_shardings
 from flowrl_jax.models.transformer import Transformer
 from flowrl_jax.objectives import objective_of
+from flowrl_jax.objectives.correction import PER_TOKEN
 from flowrl_jax.optimizer import OptimizerConfig, make_optimizer
 from flowrl_jax.planning.shapes import planned_shape
 from flowrl_jax.rollouts import check_rollouts
@@ -97,6 +98,7 @@ def planned_learner(config: Config, devices: Sequence[Any]) -> Learner:
         temperature=config.rollout.temperature,
         config=config.train.step,
         layout=layout_of(config, mesh, model),
+        correction=config.rollout.correction,
     )
     try:
         check_batch(learner, config.rows_per_update)
@@ -262,15 +264,20 @@ def _train_step(learner: Learner, arrays: _Arrays, rows: int) -> Built:
     prompt_mask, response_mask = arrays.masks(rows)
     logprobs = arrays.rows(rows, arrays.length, dtype=jnp.float32)
     ids = arrays.rows(rows, dtype=jnp.int32)
+    reward = arrays.rows(rows, dtype=jnp.float32)
+    correction = None
+    if learner.correction.kind != "none":
+        correction = logprobs if learner.correction.kind in PER_TOKEN else reward
     batch = TrainBatch(
         tokens=arrays.tokens(rows),
         prompt_mask=prompt_mask,
         response_mask=response_mask,
         old_logprobs=logprobs,
         ref_logprobs=logprobs,
-        reward=arrays.rows(rows, dtype=jnp.float32),
+        reward=reward,
         prompt_id=ids,
         row_id=ids,
+        correction=correction,
     )
     base = (policy_shapes(learner),) if learner.model.config.lora.rank else ()
     make = functools.partial(make_train_step, learner, num_prompts=rows)
