@@ -373,11 +373,14 @@ def test_a_plan_has_the_weights_too():
     assert step.build()[1][1].correction.shape == (16, 10)
 
 
+WEIGHED = {"flowrl": PER_RESPONSE, "grpo": KINDS, "sft": ()}
+
+
 def test_objectives_refuse_what_they_cannot_weigh():
     for name, objective in OBJECTIVES.items():
         for kind in ("none", *KINDS):
             config = objective.config_class()
-            if kind == "none" or kind in objective.corrections:
+            if kind in ("none", *WEIGHED[name]):
                 check_correction(config, CorrectionConfig(kind))
             else:
                 with pytest.raises(ValueError, match=rf"kind='{kind}' does not fit .*'{name}'"):
