@@ -92,6 +92,7 @@ def get_config() -> ml_collections.ConfigDict:
         "slots": 0,  # responses decoded at one time, others wait; 0: all
         "cache": "",  # bfloat16, float32 or int8; empty: the compute dtype
         "prompts_per_batch": 0,  # sampled at one time; 0: all
+        "ahead": False,  # the next rollout is sampled before this one is learnt from
         "tensor": 0,  # parts of heads while sampling; 0: as the mesh, -1: as key heads allow
         "old_logprobs": "trainer",  # computed again, as released; sampler saves a forward pass
         "correction": {

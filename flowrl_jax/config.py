@@ -149,6 +149,8 @@ class RolloutConfig:
         cache: what keys and values are kept in: "bfloat16", "float32", "int8", or empty for the
             model's compute dtype.
         prompts_per_batch: prompts sampled at one time; 0 means all.
+        ahead: whether the next rollout is sampled before the policy learns from this one, while
+            the host still judges; its policy is one step old then, and `old_logprobs` are its own.
         tensor: parts of heads, mlp and vocabulary while sampling, see `sampling_layout`.
         old_logprobs: of the policy that sampled: "trainer" computes them again as the released
             code does, "sampler" takes the sampler's. Their largest difference is logged.
@@ -167,6 +169,7 @@ class RolloutConfig:
     slots: int = 0
     cache: str = ""
     prompts_per_batch: int = 0
+    ahead: bool = False
     tensor: int = 0
     old_logprobs: str = "trainer"
     correction: CorrectionConfig = CorrectionConfig()

@@ -10,9 +10,9 @@ import numpy as np
 from flowrl_jax.assembly import Parts
 from flowrl_jax.config import RolloutConfig
 from flowrl_jax.datasets.pipeline import PromptSource
-from flowrl_jax.distributed import RowShare
+from flowrl_jax.distributed import RowShare, row_share
 from flowrl_jax.errors import InputError
-from flowrl_jax.sampler import SamplerConfig, generate
+from flowrl_jax.sampler import Finished, SamplerConfig, generate
 from flowrl_jax.sharding import Layout, local_rows
 from flowrl_jax.tasks import Row
 from flowrl_jax.types import PromptBatch, Rollout
@@ -163,6 +163,7 @@ def sample(
     key: jax.Array,
     sampler: SamplerConfig,
     prompts_per_batch: int = 0,
+    finished: Finished | None = None,
 ) -> Rollout:
     """Draws the responses of this host's rows, together with the other hosts'.
 
@@ -173,12 +174,15 @@ def sample(
         key: of the rollout.
         sampler: how to sample.
         prompts_per_batch: prompts sampled at one time on this host; 0 means all.
+        finished: called with the place of one of this host's rows, and its tokens, once it has
+            ended, while others go on.
 
     Returns:
         The rollout of all rows, on the mesh.
     """
     rows = arrays["tokens"].shape[0]
     size = prompts_per_batch * sampler.group_size or rows
+    share = row_share(parts.layout)
     pieces = []
     for start in range(0, rows, size):
         piece = {name: x[start : start + size] for name, x in arrays.items()}
@@ -192,11 +196,22 @@ def sample(
                 config=sampler,
                 layout=parts.layout,
                 sampling_layout=parts.sampling_layout,
+                finished=finished and _on_this_host(finished, share.index * size, start, size),
             )
         )
     if len(pieces) == 1:
         return pieces[0]
     return _concatenate(pieces, parts.layout.batch)
+
+
+def _on_this_host(finished: Finished, first: int, start: int, size: int) -> Finished:
+    """Of rows of a batch of all hosts, those from `first` on, which are this host's from `start`."""
+
+    def own(place: int, tokens: np.ndarray) -> None:
+        if first <= place < first + size:
+            finished(start + place - first, tokens)
+
+    return own
 
 
 def _concatenate(pieces: list[Rollout], sharding: jax.sharding.Sharding) -> Rollout:
@@ -216,30 +231,10 @@ def response_ids(rollout: Rollout) -> list[list[int]]:
 
 def responses(parts: Parts, rollout: Rollout) -> list[str]:
     """Texts of this host's responses, the end-of-sequence token left out."""
-    texts = []
-    for ids in response_ids(rollout):
-        kept = ids[:-1] if ids[-1] in parts.eos_ids else ids
-        texts.append(parts.tokenizer.decode(kept))
-    return texts
+    return [response_text(parts, ids) for ids in response_ids(rollout)]
 
 
-def grade(parts: Parts, rows: Sequence[Row], texts: Sequence[str]) -> np.ndarray:
-    """Rewards of responses, the samples of each row adjacent.
-
-    Returns:
-        `[len(texts)]` float32.
-
-    Raises:
-        InputError: a reward is not a finite number.
-    """
-    group_size = len(texts) // len(rows)
-    rewards = np.empty(len(texts), np.float32)
-    for i, text in enumerate(texts):
-        row = rows[i // group_size]
-        rewards[i] = parts.task.grade(text, row)
-        if not np.isfinite(rewards[i]):
-            raise InputError(
-                f"task {parts.task.name} gave the reward {rewards[i]} for a response to prompt"
-                f" {row['prompt_id']}: rewards must be finite; mend the task's grade()"
-            )
-    return rewards
+def response_text(parts: Parts, ids: Sequence[int]) -> str:
+    """The text of a response, the end-of-sequence token left out."""
+    kept = ids[:-1] if ids[-1] in parts.eos_ids else ids
+    return parts.tokenizer.decode(kept)

@@ -49,13 +49,14 @@ from flowrl_jax.distributed import (
 )
 from flowrl_jax.errors import InputError
 from flowrl_jax.evaluate import Evaluator
+from flowrl_jax.grading import Grading
 from flowrl_jax.learner import Learner
 from flowrl_jax.learning_batch import make_learning_batch, make_minibatch
 from flowrl_jax.metrics import CompileCounter, MetricWriter
 from flowrl_jax.models.lora import with_adapters
 from flowrl_jax.objectives import objective_of
 from flowrl_jax.progress import Progress
-from flowrl_jax.rollouts import check_prompts, check_rollouts, encode_rows, grade, responses, sample
+from flowrl_jax.rollouts import check_prompts, check_rollouts, encode_rows, sample
 from flowrl_jax.sampler import SamplerConfig, rollout_key
 from flowrl_jax.settings import save_settings
 from flowrl_jax.sharding import local_rows
@@ -94,49 +95,58 @@ class Loop:
         """All weights of the policy, adapters among them."""
         return with_adapters(self.base, state.params["policy"])
 
-    def collect(self, params: Any, step: int, position: int) -> tuple[Sequence[Row], Rollout, int]:
+    def collect(self, policy: Any, step: int, position: int, age: int) -> "Collected":
         """Samples responses to this process's part of the rows from `position` on.
 
-        Returns:
-            The rows, their rollout, and the number of prompts that were truncated.
+        Args:
+            policy: parameters.
+            step: that the responses are for.
+            position: in the data.
+            age: steps that the policy will have learnt before that one.
         """
+        began = time.perf_counter()
         config = self.parts.config.rollout
         mine = self.share.part(config.prompts_per_step)
         rows = self.source.rows(position + mine.start, mine.stop - mine.start)
         arrays, truncated = encode_rows(self.parts, rows, config.group_size)
         key = rollout_key(self.parts.config.seed, step)
         batch = config.prompts_per_batch // len(self.share.leaders)
-        rollout = sample(self.parts, params, arrays, key, self.sampler, batch)
-        return rows, rollout, truncated
+        grading = Grading(self.parts, rows, config.group_size) if self.share.leads else None
+        rollout = sample(self.parts, policy, arrays, key, self.sampler, batch, grading)
+        seconds = time.perf_counter() - began
+        score = self.programs["score"]
+        lengths = np.asarray(self.programs["lengths"](rollout.response_mask))
+        scored = (rollout.tokens, rollout.prompt_mask, rollout.response_mask, lengths)
+        # Both are dispatched while the host judges, so that device and host work together.
+        old_logprobs = rollout.sampler_logprobs
+        if config.old_logprobs == "trainer":
+            old_logprobs = score(policy, *scored)
+        ref_logprobs = old_logprobs
+        if self.reference is not None:
+            ref_logprobs = score(self.reference, *scored)
+        return Collected(
+            rows, rollout, lengths, old_logprobs, ref_logprobs, grading, truncated, seconds, age
+        )
 
     def learn(
-        self, state: TrainState, rollout: Rollout, rows: Sequence[Row], key: jax.Array
-    ) -> tuple[TrainState, np.ndarray, dict[str, jax.Array]]:
-        """Judges a rollout and takes the optimiser's steps on it.
+        self, state: TrainState, collected: "Collected", key: jax.Array
+    ) -> tuple[TrainState, np.ndarray, dict[str, Any]]:
+        """Takes the optimiser's steps on a rollout.
 
         Returns:
             The new state, the rewards of this process's rows, and metrics.
         """
         config = self.parts.config
-        policy = self.policy(state)
-        score = self.programs["score"]
-        lengths = np.asarray(self.programs["lengths"](rollout.response_mask))
-        arrays = (rollout.tokens, rollout.prompt_mask, rollout.response_mask, lengths)
-        # Both are dispatched before the host judges, so that device and host work together.
-        ref_logprobs = score(self.reference, *arrays) if self.reference is not None else None
-        old_logprobs = rollout.sampler_logprobs
-        if config.rollout.old_logprobs == "trainer":
-            old_logprobs = score(policy, *arrays)
-        rewards = self._judge(rows, rollout)
-        prompt_id = np.array([row["prompt_id"] for row in rows], np.int32)
+        rewards = self._rewards(collected)
+        prompt_id = np.array([row["prompt_id"] for row in collected.rows], np.int32)
         host = self.parts.layout.put_batch(
             {"reward": rewards, "prompt_id": np.repeat(prompt_id, config.rollout.group_size)}
         )
         batch, metrics = self.programs["learning_batch"](
-            rollout, old_logprobs, old_logprobs if ref_logprobs is None else ref_logprobs, **host
+            collected.rollout, collected.old_logprobs, collected.ref_logprobs, **host
         )
         updates = config.train.updates_per_rollout
-        lengths = lengths.reshape(updates, -1)
+        lengths = collected.lengths.reshape(updates, -1)
         limit = config.rollout.max_response_length
         saved = padding_saved(self.learner, lengths, limit)
         metrics["train/padding_saved"] = np.float32(saved)
@@ -148,16 +158,41 @@ class Loop:
             metrics = _merge(metrics, step_metrics, i)
         return state, rewards, metrics
 
-    def _judge(self, rows: Sequence[Row], rollout: Rollout) -> np.ndarray:
+    def _rewards(self, collected: "Collected") -> np.ndarray:
         """Rewards of this process's rows, which one process finds out."""
-        rewards = None
-        if self.share.leads:
-            rewards = grade(self.parts, rows, responses(self.parts, rollout))
+        rewards = collected.grading.rewards() if collected.grading else None
         if len(self.share.leaders) == jax.process_count():
             assert rewards is not None
             return rewards
         found = self.share.gather(None if rewards is None else rewards.tolist())
         return np.array(found[self.share.index], np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collected:
+    """A rollout that is to be learnt from.
+
+    Attributes:
+        rows: this process's, of the data set.
+        rollout: of all processes' rows.
+        lengths: `[B]` int, of all responses.
+        old_logprobs: `[B, T]` float32, of the policy that sampled.
+        ref_logprobs: `[B, T]` float32, of the reference; the old ones where there is none.
+        grading: of the responses; None in a process that leaves it to another.
+        truncated: prompts that were.
+        seconds: of sampling.
+        age: steps that the policy has learnt since it sampled.
+    """
+
+    rows: Sequence[Row]
+    rollout: Rollout
+    lengths: np.ndarray
+    old_logprobs: jax.Array
+    ref_logprobs: jax.Array
+    grading: Grading | None
+    truncated: int
+    seconds: float
+    age: int
 
 
 def _merge(metrics: dict, step_metrics: dict, update: int) -> dict:
@@ -296,25 +331,36 @@ def _run_steps(
     dropout_key = rollout_key(config.seed, DROPOUT_STREAM)
     if evaluator and first == 0:
         writer.write(0, evaluator.metrics(loop.policy(state), loop.reference))
+    ahead: Collected | None = None
     for step in range(first + 1, config.steps + 1):
         begin = time.perf_counter()
-        rows, rollout, truncated = loop.collect(loop.policy(state), step, position)
+        collected = ahead or loop.collect(loop.policy(state), step, position, age=0)
         position += config.rollout.prompts_per_step
-        lengths = local_rows(rollout.response_mask).sum(axis=1)
-        sampled = time.perf_counter()
-        state, rewards, device_metrics = loop.learn(state, rollout, rows, dropout_key)
+        if config.rollout.ahead and step < config.steps:
+            # The policy that has not learnt from this rollout yet samples the next one meanwhile.
+            ahead = loop.collect(loop.policy(state), step + 1, position, age=1)
+        state, rewards, device_metrics = loop.learn(state, collected, dropout_key)
         done = time.perf_counter()
+        lengths = local_rows(collected.rollout.response_mask).sum(axis=1)
+        judging = collected.grading.metrics() if collected.grading else {}
         truncated, tokens, reward, graded = loop.share.total(
-            [truncated, int(lengths.sum()), float(np.sum(rewards, dtype=np.float64)), rewards.size]
+            [
+                collected.truncated,
+                int(lengths.sum()),
+                float(np.sum(rewards, dtype=np.float64)),
+                rewards.size,
+            ]
         )
         metrics = {
             "data/position": position,
             "rollout/reward_mean": reward / graded,
             "rollout/truncated_prompts": truncated,
-            "time/rollout": sampled - begin,
+            "rollout/age": collected.age,
+            "time/rollout": collected.seconds,
             "time/step": done - begin,
-            "time/tokens_per_second": tokens / max(sampled - begin, 1e-9),
+            "time/tokens_per_second": tokens / max(collected.seconds, 1e-9),
             "time/compilations": compilations.count,
+            **judging,
         }
         writer.write(step, metrics, device_metrics)
         progress.update(reward=f"{reward / graded:.3f}")
@@ -332,6 +378,8 @@ def _run_steps(
             save = checkpointer.save_final if last else checkpointer.save
             save(step, state, {"position": position}, evaluation)
         if stopping and step < config.steps:
+            if ahead and ahead.grading:
+                ahead.grading.close()
             raise cli.Preempted(f"saved step {step}; start again with --resume")
 
 
