@@ -370,6 +370,7 @@ def _shape(config: Config, tokenizer: Tokenizer, tensor_shards: int) -> Transfor
         "dtype": DTYPES[model.dtype],
         "remat": model.remat,
         "attention": model.attention,
+        "decode_kernel": model.decode_kernel,
         "lora": model.lora,
         "vocab_multiple": math.lcm(_VOCAB_MULTIPLE, tensor_shards, max(config.rollout.tensor, 1)),
     }

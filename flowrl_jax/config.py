@@ -45,6 +45,7 @@ class ModelConfig:
         dtype: of activations, "float32" or "bfloat16"; master weights are float32 either way.
         remat: "none", "dots" or "full", see `TransformerConfig`.
         attention: "xla", "cudnn" or "splash", see `models.attention.attend`.
+        decode_kernel: "auto", "xla" or "pallas", see `TransformerConfig`.
         vocab_size: ids of the model; 0 means the tokenizer's.
         num_layers: blocks.
         embed_dim: width of the residual stream.
@@ -65,6 +66,7 @@ class ModelConfig:
     dtype: str = "float32"
     remat: str = "full"
     attention: str = "xla"
+    decode_kernel: str = "auto"
     vocab_size: int = 0
     num_layers: int = 4
     embed_dim: int = 128

@@ -205,7 +205,7 @@ def sample(
 
 
 def _on_this_host(finished: Finished, first: int, start: int, size: int) -> Finished:
-    """Of rows of a batch of all hosts, those from `first` on, which are this host's from `start`."""
+    """Of all hosts' rows, those from `first` on: this host calls them from `start` on."""
 
     def own(place: int, tokens: np.ndarray) -> None:
         if first <= place < first + size:

@@ -23,6 +23,7 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
 }
 ATTENTION_KERNELS = ("xla", "cudnn", "splash")
+DECODE_KERNELS = ("auto", "xla", "pallas")
 _MOST_LAYERS = 10_000
 
 ATTENTION_TARGETS = ("query", "key", "value", "out")
@@ -105,6 +106,8 @@ class TransformerConfig:
         remat: what the backward pass computes again: "none", "dots" (all but matrix products
             with weights) or "full" (a whole block from its input).
         attention: "xla", "cudnn" or "splash", see `attention.attend`.
+        decode_kernel: "pallas", decoding with a kernel for TPU that reads no more of the cache than
+            a row has; "xla"; or "auto", the first on TPUs that can and the second elsewhere.
         vocab_multiple: the embedding gets rows of zeros up to a multiple of this, so that it can
             be cut over devices.
         num_tokens: ids that the tokenizer knows; 0 means `vocab_size`. The others are never drawn
@@ -144,6 +147,7 @@ class TransformerConfig:
     param_dtype: Any = jnp.float32
     remat: str = "none"
     attention: str = "xla"
+    decode_kernel: str = "auto"
     vocab_multiple: int = 1
     num_tokens: int = 0
     lora: LoraConfig = LoraConfig()
@@ -167,6 +171,7 @@ class TransformerConfig:
         for field, known in (
             ("remat", ("none", *REMAT_POLICIES)),
             ("attention", ATTENTION_KERNELS),
+            ("decode_kernel", DECODE_KERNELS),
             ("activation", ACTIVATIONS),
         ):
             if getattr(self, field) not in known:

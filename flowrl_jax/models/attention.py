@@ -303,12 +303,16 @@ def _splash_kernel(
         q_seq_shards=parts,
         mask_value=float(np.finfo(np.float32).min) / 2,
         attn_logits_soft_cap=softcap or None,
-        interpret=_interpreted(),
+        interpret=interpreted(),
     )
 
 
-def _interpreted() -> bool:
-    """Whether the kernel has to be interpreted: on a CPU, where tests run it."""
+def platform_device() -> Any:
+    """A device of those that are traced for."""
     layout = active_layout()
-    devices = jax.devices() if layout is None else layout.mesh.devices.reshape(-1)
-    return devices[0].platform == "cpu"
+    return jax.devices()[0] if layout is None else layout.mesh.devices.flat[0]
+
+
+def interpreted() -> bool:
+    """Whether a kernel has to be interpreted: on a CPU, where tests run it."""
+    return platform_device().platform == "cpu"

@@ -31,7 +31,8 @@ def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         x: `[..., H]` of a floating dtype.
 
     Returns:
-        int8 of the shape of `x`, and their scales `[...]` float32: 0 for vectors of zeros.
+        int8 of the shape of `x`, and their scales `[...]` float32: 0 for vectors of zeros, and of
+        numbers so small that their scale is none (below 1e-36).
     """
     x = x.astype(jnp.float32)
     scale = jnp.max(jnp.abs(x), axis=-1) / _LARGEST

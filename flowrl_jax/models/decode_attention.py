@@ -9,8 +9,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flowrl_jax.models.attention import MASKED, capped
+from flowrl_jax.models.attention import MASKED, capped, platform_device
 from flowrl_jax.models.cache import KVCache, quantize
+from flowrl_jax.models.decode_kernel import decode_attention
+
+_WITHOUT_KERNEL = ("TPU v2", "TPU v3")  # their compiler refuses its bfloat16 products
 
 
 class Held(NamedTuple):
@@ -24,6 +27,19 @@ class Held(NamedTuple):
 
     column: jax.Array
     length: jax.Array
+
+
+def decode_kernel(wanted: str) -> str:
+    """The kernel that decoding attends with on the devices that are traced for: "xla" or "pallas".
+
+    Args:
+        wanted: `TransformerConfig.decode_kernel`.
+    """
+    if wanted != "auto":
+        return wanted
+    device = platform_device()
+    has = device.platform == "tpu" and device.device_kind not in _WITHOUT_KERNEL
+    return "pallas" if has else "xla"
 
 
 def make_cache(key: jax.Array, value: jax.Array, dtype: jnp.dtype) -> KVCache:
@@ -65,6 +81,7 @@ def attend_cached(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    kernel: str = "auto",
 ) -> jax.Array:
     """Grouped-query attention of one token per slot, softmax in float32.
 
@@ -75,10 +92,15 @@ def attend_cached(
         scale: multiplies the scores.
         window: columns that a token looks back to, its own included; 0 means all.
         softcap: scores s become `softcap * tanh(s / softcap)`; 0 leaves them.
+        kernel: see `decode_kernel`. "pallas", for TPU, reads what each slot may attend to; "xla"
+            all columns.
 
     Returns:
         `[S, N, 1, H]` in the dtype of `query`.
     """
+    if decode_kernel(kernel) == "pallas":
+        options = {"scale": scale, "window": window, "softcap": softcap}
+        return decode_attention(query[:, :, 0], cache, *held, **options)[:, :, None]
     slots, heads, _, head_dim = query.shape
     kv_heads, columns = cache.key.shape[1:3]
     grouped = query.reshape(slots, kv_heads, heads // kv_heads, head_dim)

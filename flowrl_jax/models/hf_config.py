@@ -21,6 +21,7 @@ _NOT_SAVED: dict[str, Any] = {
     "param_dtype": jnp.float32,
     "remat": "none",
     "attention": "xla",
+    "decode_kernel": "auto",
     "vocab_multiple": 1,
     "num_tokens": 0,
     "lora": LoraConfig(),

@@ -157,8 +157,10 @@ class Attention(nn.Module):
             else:
                 out = jax.lax.cond(windowed, kinds[True], kinds[False], query, key, value)
         else:
+            assert isinstance(windowed, bool) and isinstance(view.columns, Held)
             kept = write(cache, key, value, view.columns.column)
-            out = attend_cached(query, kept, view.columns, **config.scores(windowed))
+            scores = config.scores(windowed)
+            out = attend_cached(query, kept, view.columns, kernel=config.decode_kernel, **scores)
         shape = (config.num_heads, config.head_dim, config.embed_dim)
         rows = jnp.swapaxes(out, 1, 2).reshape(-1, config.num_heads * config.head_dim)
         (out,) = _project(self, rows, {"out": (shape, ("heads", "head_dim", "embed"))})

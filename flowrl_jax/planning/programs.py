@@ -26,7 +26,7 @@ from flowrl_jax.planning.shapes import planned_shape
 from flowrl_jax.rollouts import check_rollouts
 from flowrl_jax.sampler import SamplerConfig
 from flowrl_jax.sampler.programs import Programs, Rows, Slots
-from flowrl_jax.sampler.schedule import Schedule, column_sizes
+from flowrl_jax.sampler.schedule import Schedule
 from flowrl_jax.sharding import Layout, make_mesh, sampling_layout
 from flowrl_jax.train_step import abstract_policy, abstract_state, make_score, make_train_step
 from flowrl_jax.types import PromptBatch, TrainBatch
@@ -305,12 +305,8 @@ class _Sampler:
         self.slots = schedule.slots * shards
         self.prompts = schedule.chunk_prompts * shards
         self.chunks = -(-rows // (rollout.group_size * self.prompts))
-        self._columns = column_sizes(
-            max(self._width - 1, 1),
-            settings.first_columns,
-            rollout.max_response_length,
-            waiting=self.slots < rows,
-            grow=False,
+        self._columns = self._programs.column_sizes(
+            max(self._width - 1, 1), rollout.max_response_length, waiting=self.slots < rows
         )[-1]
 
     def _array(self, *shape: int, dtype: Any = jnp.int32, layout: Layout | None = None) -> Any:

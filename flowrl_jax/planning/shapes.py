@@ -47,6 +47,7 @@ def _planned_shape(model: ModelConfig, vocab_multiple: int) -> TransformerConfig
         "dtype": DTYPES[model.dtype],
         "remat": model.remat,
         "attention": model.attention,
+        "decode_kernel": model.decode_kernel,
         "lora": model.lora,
         "vocab_multiple": vocab_multiple,
     }

@@ -16,7 +16,7 @@ import numpy as np
 
 from flowrl_jax.models.transformer import Transformer
 from flowrl_jax.sampler.programs import Programs, Slots, programs_of
-from flowrl_jax.sampler.schedule import Schedule, column_sizes
+from flowrl_jax.sampler.schedule import Schedule
 from flowrl_jax.sampler.settings import SamplerConfig
 from flowrl_jax.sharding import Layout
 from flowrl_jax.types import PromptBatch, Rollout
@@ -178,13 +178,8 @@ class _Engine:
             shrink=platform == "cpu",
         )
         self.width = max(prompts.tokens.shape[1] - 1, 1)
-        self.columns = column_sizes(
-            self.width,
-            config.first_columns,
-            int(limits.max()),
-            waiting=self.schedule.slots * programs.shards < len(limits),
-            grow=platform != "tpu",
-        )
+        waiting = self.schedule.slots * programs.shards < len(limits)
+        self.columns = programs.column_sizes(self.width, int(limits.max()), waiting=waiting)
         self.column = self.width
         self.read: dict[int, Any] = {}  # prompts, by their chunk
         self.rows = programs.rows(key, prompts, self._put(limits))

@@ -4,6 +4,7 @@ Each is compiled once for every number of slots and columns that `schedule` list
 depends on which row is in which slot.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -17,9 +18,11 @@ from jax.sharding import PartitionSpec
 from flowrl_jax.masking import positions_from_mask
 from flowrl_jax.models.cache import KVCache
 from flowrl_jax.models.decode import decode_params, decode_token, read_prompts
-from flowrl_jax.models.decode_attention import Held, make_cache
+from flowrl_jax.models.decode_attention import Held, decode_kernel, make_cache
+from flowrl_jax.models.decode_kernel import CHUNK
 from flowrl_jax.models.transformer import TransformerConfig
 from flowrl_jax.sampler.sampling import draw
+from flowrl_jax.sampler.schedule import column_sizes
 from flowrl_jax.sampler.settings import SamplerConfig
 from flowrl_jax.sharding import Layout, constrain
 from flowrl_jax.types import PromptBatch, Rollout
@@ -125,25 +128,45 @@ class Programs:
         """Parts that rows and slots are cut into."""
         return self.within.batch_shards if self.within else 1
 
+    def column_sizes(self, width: int, limit: int, *, waiting: bool) -> list[int]:
+        """Numbers of columns that caches have, the smallest first.
+
+        Args:
+            width: of the prompts' caches.
+            limit: tokens of a response, at most.
+            waiting: whether rows come in later than others.
+        """
+        with self.within.activate() if self.within else contextlib.nullcontext():
+            kernel = decode_kernel(self.shape.decode_kernel)
+        # A kernel that reads what rows have wants one size; others read all there is.
+        choice = {"grow": False, "multiple": CHUNK} if kernel == "pallas" else {"grow": True}
+        return column_sizes(width, self.config.first_columns, limit, waiting=waiting, **choice)
+
     def cache_sharding(self) -> Any:
         """How caches are cut."""
         return self.within and self.within.sharding("batch", "kv_heads", None, "head_dim")
 
     def shardings(self, kind: type) -> Any:
-        """Of `Prompts`, `Rows` or `Slots`; None without a layout."""
+        """Of `Prompts`, `Rows` or `Slots`; None without a layout.
+
+        Args:
+            kind: one of these.
+        """
         if self.within is None:
             return None
-        rows, one = self.within.batch, self.within.replicated
+        rows: Any = self.within.batch
+        one: Any = self.within.replicated
         scale = self.within.sharding("batch", "kv_heads", None)
         eight = self.config.cache_dtype(self.shape.dtype) == jnp.int8
         cache = KVCache(*[self.cache_sharding()] * 2, *[scale if eight else None] * 2)
         caches = (cache,) * self.shape.num_layers
-        fixed = Rows(rows, rows)
+        fixed = Rows(key=rows, limit=rows)
+        row = Row(token=rows, length=rows, drawn=rows, active=rows, stopped=rows, fixed=fixed)
         return {
-            Rows: lambda: fixed,
-            Prompts: lambda: Prompts(caches, rows, rows),
-            Slots: lambda: Slots(Row(*[rows] * 5, fixed), caches, one),
-        }[kind]()
+            Rows: fixed,
+            Prompts: Prompts(caches=caches, token=rows, length=rows),
+            Slots: Slots(row=row, caches=caches, column=one),
+        }[kind]
 
     def _jit(self, function: Callable, kind: type | None = None, **settings: Any) -> Any:
         if self.within is None:
@@ -249,18 +272,19 @@ class Programs:
 
     def _by_shards(self, local: Callable, slots: Slots, *arguments: Any) -> Slots:
         """Runs a function of slots on every device for its own."""
-        if self.within is None:
+        within = self.within
+        if within is None:
             return local(slots, *arguments)
         kinds = (Slots, Prompts, Rows)
 
         def spec(x):
             if isinstance(x, kinds):
                 return jax.tree.map(lambda sharding: sharding.spec, self.shardings(type(x)))
-            return self.within.batch.spec if x.ndim else PartitionSpec()
+            return within.batch.spec if x.ndim else PartitionSpec()
 
         return jax.shard_map(
             local,
-            mesh=self.within.mesh,
+            mesh=within.mesh,
             in_specs=tuple(spec(x) for x in (slots, *arguments)),
             out_specs=spec(slots),
             check_vma=False,

@@ -199,7 +199,9 @@ def slot_sizes(size: int, shrink: bool) -> list[int]:
     return sorted({-(-size // part) for part in ((1, 2, 4, 8) if shrink else (1,))}, reverse=True)
 
 
-def column_sizes(width: int, first: int, limit: int, waiting: bool, grow: bool) -> list[int]:
+def column_sizes(
+    width: int, first: int, limit: int, *, waiting: bool, grow: bool, multiple: int = 1
+) -> list[int]:
     """Numbers of columns that there are programs for, the smallest first.
 
     Args:
@@ -208,6 +210,7 @@ def column_sizes(width: int, first: int, limit: int, waiting: bool, grow: bool) 
         limit: tokens of a response, at most.
         waiting: whether rows come in later than others, so that a cache is moved along.
         grow: whether there are smaller ones than the largest.
+        multiple: that the numbers are rounded up to.
     """
     # Caches are moved once in so many tokens: little beside reading them at each.
     largest = limit + max(limit // 8, min(limit, 64)) * waiting
@@ -215,4 +218,4 @@ def column_sizes(width: int, first: int, limit: int, waiting: bool, grow: bool) 
     while grow and size < largest:
         sizes.append(width + size)
         size = min(size + max(size // 2, 1), largest)
-    return [*sizes, width + largest]
+    return [-(-size // multiple) * multiple for size in (*sizes, width + largest)]
