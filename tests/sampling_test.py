@@ -12,11 +12,11 @@ from flowrl_jax.sampler.sampling import draw, inverse_cdf, truncate
 SMALLEST, LARGEST = 0.0, 1.0 - 2.0**-24  # what a float32 uniform in [0, 1) can be
 
 
-jitted = jax.jit(draw, static_argnames=("temperature", "top_k", "top_p"))
-pick = jax.jit(inverse_cdf)
+jitted = jax.jit(draw, static_argnames=("temperature", "top_k", "top_p", "min_p"))
+pick = jax.jit(lambda *a: inverse_cdf(*a)[0])
 
 
-def distribution(logits, temperature, top_k, top_p):
+def distribution(logits, temperature, top_k, top_p, min_p=0.0):
     """Probabilities of one row by sorting, in float64; ties at a boundary are all kept."""
     weights = np.exp((logits - logits.max()) / temperature)
     probs = weights / weights.sum()
@@ -28,27 +28,37 @@ def distribution(logits, temperature, top_k, top_p):
         needed = np.searchsorted(np.cumsum(ordered), top_p - 1e-12)
         probs = np.where(probs >= ordered[needed], probs, 0.0)
         probs /= probs.sum()
-    return probs
+    probs = np.where(probs >= min_p * probs.max(), probs, 0.0)
+    return probs / probs.sum()
 
 
-SETTINGS = [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.0, 5, 1.0), (1.0, 0, 0.8), (0.7, 12, 0.6)]
+SETTINGS = [
+    (1.0, 0, 1.0, 0.0),
+    (0.6, 0, 1.0, 0.0),
+    (1.0, 5, 1.0, 0.0),
+    (1.0, 0, 0.8, 0.0),
+    (0.7, 12, 0.6, 0.0),
+    (1.0, 0, 1.0, 0.1),
+    (1.5, 6, 0.9, 0.3),
+]
 
 
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"), SETTINGS)
+@pytest.mark.parametrize(("temperature", "top_k", "top_p", "min_p"), SETTINGS)
 @pytest.mark.parametrize("vocab", [7, 300])
-def test_frequencies_and_logprobs(vocab, temperature, top_k, top_p):
+def test_frequencies_and_logprobs(vocab, temperature, top_k, top_p, min_p):
     """5,000 evenly spaced uniforms: counts are exact to one per token; so are log-probs."""
     logits = np.random.default_rng(vocab).normal(0, 2, vocab)
     logits = logits.astype(np.float32).astype(np.float64)
-    expected = distribution(logits, temperature, top_k, top_p)
+    expected = distribution(logits, temperature, top_k, top_p, min_p)
     count = 5_000
     uniform = (jnp.arange(count) + 0.5) / count
-    tokens, logprobs = jitted(
+    tokens, logprobs, policy = jitted(
         jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, vocab)),
         uniform,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
     )
     assert tokens.dtype == jnp.int32 and logprobs.dtype == jnp.float32
     found = np.bincount(np.asarray(tokens), minlength=vocab)
@@ -58,6 +68,7 @@ def test_frequencies_and_logprobs(vocab, temperature, top_k, top_p):
             jnp.exp((jnp.asarray(logits, jnp.float32) - logits.max()) / temperature)[None],
             top_k,
             top_p,
+            min_p,
         )[0]
         > 0
     )
@@ -68,13 +79,16 @@ def test_frequencies_and_logprobs(vocab, temperature, top_k, top_p):
     assert np.abs(found - count * expected).max() <= 2.0
     # What is returned is the log-probability of what was drawn from, renormalised.
     np.testing.assert_allclose(logprobs, np.log(expected[np.asarray(tokens)]), atol=2e-6)
+    # And that of the policy, whatever the distribution that was drawn from.
+    untouched = np.log(distribution(logits, 1.0, 0, 1.0))
+    np.testing.assert_allclose(policy, untouched[np.asarray(tokens)], atol=2e-6)
 
 
 def test_random_uniforms_pass_a_chi_square():
     """With the noise that the sampler uses: 5 degrees of freedom, 20.5 is the 0.1 % point."""
     logits = jnp.array([1.0, 0.0, -1.0, 0.5, -0.5, 2.0])
     count = 50_000
-    tokens, _ = jitted(
+    tokens, *_ = jitted(
         jnp.broadcast_to(logits, (count, 6)),
         jax.random.uniform(jax.random.key(3), (count,)),
         temperature=1.0,
@@ -145,12 +159,13 @@ def test_temperature_zero_is_greedy(settings):
     _, top_k, top_p = settings
     logits = jnp.asarray(np.random.default_rng(0).normal(0, 3, (6, 40)), jnp.float32)
     uniform = jnp.linspace(SMALLEST, LARGEST, 6)
-    tokens, logprobs = jitted(logits, uniform, temperature=0.0, top_k=top_k, top_p=top_p)
+    tokens, logprobs, policy = jitted(logits, uniform, temperature=0.0, top_k=top_k, top_p=top_p)
     np.testing.assert_array_equal(tokens, logits.argmax(1))
     np.testing.assert_array_equal(logprobs, 0.0)
+    np.testing.assert_allclose(policy, jax.nn.log_softmax(logits).max(axis=1), atol=2e-6)
     # Which is what one candidate, and a very low temperature, come to.
     for temperature, k in ((1.0, 1), (1e-3, 0)):
-        same, logprobs = jitted(logits, uniform, temperature=temperature, top_k=k, top_p=1.0)
+        same, logprobs, _ = jitted(logits, uniform, temperature=temperature, top_k=k, top_p=1.0)
         np.testing.assert_array_equal(tokens, same)
         np.testing.assert_allclose(logprobs, 0.0, atol=1e-6)
 
@@ -195,7 +210,7 @@ def test_rows_are_independent():
     settings = {"temperature": 0.9, "top_k": 9, "top_p": 0.8}
     together = jitted(logits, uniform, **settings)
     for i in range(5):
-        token, logprob = jitted(logits[i : i + 1], uniform[i : i + 1], **settings)
+        token, logprob, _ = jitted(logits[i : i + 1], uniform[i : i + 1], **settings)
         assert token[0] == together[0][i]
         assert float(logprob[0]) == pytest.approx(float(together[1][i]), abs=1e-6)
 
@@ -204,15 +219,71 @@ def test_large_logits_stay_finite():
     logits = jnp.array([[1e6, -3e38, 0.0], [-1e4, -1e4 - 10, -3e38]], jnp.float32)
     for temperature in (1.0, 0.1):
         draw_ = partial(jitted, temperature=temperature, top_k=0, top_p=0.9)
-        tokens, logprobs = draw_(logits, jnp.array([0.5, 0.0]))
+        tokens, logprobs, policy = draw_(logits, jnp.array([0.5, 0.0]))
         assert tokens.tolist() == [0, 0]
-        assert np.isfinite(logprobs).all()
+        assert np.isfinite(logprobs).all() and np.isfinite(policy).all()
+
+
+def tied_rows(rng, rows, vocab):
+    """Rows of spread values, of few values, of near ties, and of a single one that counts."""
+    logits = rng.normal(0, rng.choice([0.3, 2.0, 6.0], (rows, 1)), (rows, vocab))
+    logits[1::4] = np.round(logits[1::4] * 2) / 2
+    logits[2::4] = 1.0 + np.round(logits[2::4]) * 2.0**-22
+    logits[3::4, 1:] = -np.inf
+    return logits.astype(np.float32)
+
+
+@pytest.mark.parametrize("vocab", [2, 127, 129, 1001, 4096])
+def test_kept_sets_by_a_loop_over_the_tokens(vocab):
+    """A set, from the likeliest token down, ends where the count or the share is reached."""
+    logits = tied_rows(np.random.default_rng(vocab), 12, vocab)
+    weights = np.asarray(jnp.exp(logits - logits.max(axis=1, keepdims=True)))
+    cut = jax.jit(truncate, static_argnums=(1, 2, 3))
+    # A share is off by half a unit of 2^-29 a token at most: what is that close is left open.
+    slack = vocab * 2.0**-30 + 2.0**-24
+    for top_k, top_p, min_p in ((3, 1.0, 0.0), (0, 0.95, 0.0), (0, 0.3, 0.0), (50, 0.9, 0.02)):
+        kept = np.asarray(cut(weights, top_k, top_p, min_p)) > 0
+        for row, found in zip(weights.astype(np.float64), kept, strict=True):
+            left = row
+            if 0 < top_k < vocab:
+                left = np.where(row >= np.sort(row)[-top_k], row, 0.0)
+            reached = []
+            for share in (top_p - slack, top_p + slack) if top_p < 1.0 else (1.0, 1.0):
+                mass, bound = 0.0, 0.0
+                for value in np.unique(left[left > 0])[::-1]:
+                    bound, mass = value, mass + left[left == value].sum()
+                    if mass >= share * left.sum() and top_p < 1.0:
+                        break
+                reached.append((left >= bound) & (left > 0) & (left >= np.float32(min_p)))
+            assert (reached[0] <= found).all() and (found <= reached[1]).all()
+
+
+def test_ids_that_do_not_exist_are_never_drawn():
+    """A row with -inf everywhere else is a certainty, whatever the settings."""
+    logits = np.full((4, 300), -np.inf, np.float32)
+    logits[range(4), [0, 128, 299, 7]] = [-50.0, 3.0, 0.0, 1e4]
+    uniform = jnp.asarray([SMALLEST, 0.5, 0.9, LARGEST], jnp.float32)
+    for temperature, top_k, top_p, min_p in [*SETTINGS, (0.0, 0, 1.0, 0.0), (1.0, 2, 0.99, 0.5)]:
+        tokens, logprobs, policy = jitted(
+            logits, uniform, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+        )
+        assert tokens.tolist() == [0, 128, 299, 7]
+        np.testing.assert_array_equal(logprobs, 0.0)
+        np.testing.assert_array_equal(policy, 0.0)
+
+
+def test_the_policys_logprob_is_free_where_it_is_the_one_drawn_from():
+    logits, uniform = jnp.zeros((2, 5)), jnp.zeros(2)
+    _, logprob, policy = draw(logits, uniform, temperature=1.0, top_k=0, top_p=1.0)
+    assert policy is logprob
+    _, logprob, policy = draw(logits, uniform, temperature=1.0, top_k=5, top_p=1.0)
+    assert policy is logprob
 
 
 def test_no_sort_of_the_vocabulary():
     """Sorting 152k logits per token is what makes a peer's top-p 2.6 times slower."""
     text = str(
-        jax.make_jaxpr(partial(draw, temperature=1.0, top_k=20, top_p=0.9))(
+        jax.make_jaxpr(partial(draw, temperature=1.0, top_k=20, top_p=0.9, min_p=0.1))(
             jnp.zeros((2, 300)), jnp.zeros(2)
         )
     )
