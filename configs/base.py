@@ -90,6 +90,7 @@ def get_config() -> ml_collections.ConfigDict:
         "top_k": 0,  # 0: all tokens
         "top_p": 1.0,  # 1: all tokens
         "min_p": 0.0,  # 0: all tokens
+        "stop": (),  # texts that end a response, e.g. ("</answer>",); it keeps them
         "slots": 0,  # responses decoded at one time, others wait; 0: all
         "cache": "",  # bfloat16, float32 or int8; empty: the compute dtype
         "prompts_per_batch": 0,  # sampled at one time; 0: all

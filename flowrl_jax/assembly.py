@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from flowrl_jax.checkpoint import restore_policy, saved_steps
-from flowrl_jax.config import DTYPES, Config, RolloutConfig
+from flowrl_jax.config import DTYPES, Config
 from flowrl_jax.distributed import any_process
 from flowrl_jax.errors import InputError
 from flowrl_jax.learner import Learner, check_batch
@@ -24,7 +24,8 @@ from flowrl_jax.models.transformer import Transformer, TransformerConfig
 from flowrl_jax.new_folder import in_first_process
 from flowrl_jax.objectives.sft import SFTConfig
 from flowrl_jax.optimizer import OptimizerConfig, make_optimizer
-from flowrl_jax.sampler import SamplerConfig, rollout_key
+from flowrl_jax.sampler import SamplerConfig, StopTable, rollout_key
+from flowrl_jax.sampling_config import RolloutConfig
 from flowrl_jax.sharding import Layout, make_layout, make_mesh, sampling_layout
 from flowrl_jax.tasks import Task, build
 from flowrl_jax.tasks.countdown import symbols
@@ -58,6 +59,7 @@ class Parts:
         task: asks and judges.
         model: the policy's architecture.
         chat: what prompts are rendered with; None: they are put before the policy as they are.
+        stops: strings that end a response; None: there are none.
     """
 
     config: Config
@@ -68,6 +70,7 @@ class Parts:
     task: Task
     model: Transformer
     chat: ChatTemplate | None = None
+    stops: StopTable | None = None
 
     def sampler(self, **changes: Any) -> SamplerConfig:
         """The sampler's settings for training, with changes for other uses.
@@ -153,6 +156,7 @@ def assemble(config: Config, workdir: str | os.PathLike[str]) -> Parts:
     tokenizer, eos_ids = _tokenizer(config, Path(workdir))
     shape = _shape(config, tokenizer, layout_mesh.shape["tensor"])
     layout = layout_of(config, layout_mesh, shape)
+    stop = config.rollout.stop
     return Parts(
         config=config,
         layout=layout,
@@ -162,6 +166,7 @@ def assemble(config: Config, workdir: str | os.PathLike[str]) -> Parts:
         task=build(config.task),
         model=Transformer(shape),
         chat=_chat(config, tokenizer),
+        stops=StopTable.build(tokenizer, stop, shape.drawable) if stop else None,
     )
 
 

@@ -6,3 +6,17 @@ class InputError(ValueError):
 
     Entry points print the line on stderr and exit with code 2, before anything compiles.
     """
+
+
+def require(holds: bool, message: str) -> None:
+    """Refuses an input.
+
+    Args:
+        holds: whether it keeps the rule.
+        message: of the error otherwise.
+
+    Raises:
+        InputError: it does not.
+    """
+    if not holds:
+        raise InputError(message)

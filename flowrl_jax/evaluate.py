@@ -22,7 +22,7 @@ from flowrl_jax.assembly import (
     reference_of,
     scoring_learner,
 )
-from flowrl_jax.config import Config, EvalConfig
+from flowrl_jax.config import Config
 from flowrl_jax.datasets.pipeline import PromptSource
 from flowrl_jax.distributed import define_flags, join, row_share
 from flowrl_jax.errors import InputError
@@ -33,6 +33,7 @@ from flowrl_jax.progress import Progress
 from flowrl_jax.report import render_table
 from flowrl_jax.rollouts import check_prompts, encode_rows, responses, sample
 from flowrl_jax.sampler import rollout_key
+from flowrl_jax.sampling_config import EvalConfig
 from flowrl_jax.sharding import local_rows
 from flowrl_jax.train_step import make_score
 

@@ -9,6 +9,7 @@ import numpy as np
 from flowrl_jax.assembly import Parts
 from flowrl_jax.errors import InputError
 from flowrl_jax.rollouts import response_text
+from flowrl_jax.sampler import Response
 from flowrl_jax.tasks import Row
 
 
@@ -30,15 +31,15 @@ class Grading:
         self._found: dict[int, Future[float]] = {}
         self._seconds = self._waited = 0.0
 
-    def __call__(self, place: int, tokens: np.ndarray) -> None:
+    def __call__(self, place: int, response: Response) -> None:
         """Judges a response.
 
         Args:
             place: among the responses.
-            tokens: `[n]`, the end-of-sequence token included.
+            response: as the sampler has it.
         """
         # Here, not in the other thread: this one uses the tokenizer too.
-        text = response_text(self._parts, tokens.tolist())
+        text = response_text(self._parts, response.tokens.tolist())
         self._found[place] = self._pool.submit(self._grade, place, text)
 
     def _grade(self, place: int, text: str) -> float:

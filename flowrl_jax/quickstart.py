@@ -17,12 +17,13 @@ from absl import flags
 
 from flowrl_jax import cli, report
 from flowrl_jax.assembly import configure_jax
-from flowrl_jax.config import Config, EvalConfig
+from flowrl_jax.config import Config
 from flowrl_jax.errors import InputError
 from flowrl_jax.evaluate import evaluate
 from flowrl_jax.evaluation import paired_difference
 from flowrl_jax.graded import read_records, samples_from_records
 from flowrl_jax.objectives.presets import PRESETS
+from flowrl_jax.sampling_config import EvalConfig
 from flowrl_jax.sft import sft
 from flowrl_jax.train import train
 

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 
 from flowrl_jax.assembly import Parts
-from flowrl_jax.config import RolloutConfig
 from flowrl_jax.datasets.pipeline import PromptSource
 from flowrl_jax.distributed import RowShare, row_share
 from flowrl_jax.errors import InputError
-from flowrl_jax.sampler import Finished, SamplerConfig, generate
+from flowrl_jax.sampler import Finished, Response, SamplerConfig, generate
+from flowrl_jax.sampling_config import RolloutConfig
 from flowrl_jax.sharding import Layout, local_rows
 from flowrl_jax.tasks import Row
 from flowrl_jax.types import PromptBatch, Rollout
@@ -164,6 +164,7 @@ def sample(
     sampler: SamplerConfig,
     prompts_per_batch: int = 0,
     finished: Finished | None = None,
+    max_lengths: np.ndarray | None = None,
 ) -> Rollout:
     """Draws the responses of this host's rows, together with the other hosts'.
 
@@ -174,8 +175,10 @@ def sample(
         key: of the rollout.
         sampler: how to sample.
         prompts_per_batch: prompts sampled at one time on this host; 0 means all.
-        finished: called with the place of one of this host's rows, and its tokens, once it has
+        finished: called with the place of one of this host's rows, and its response, once it has
             ended, while others go on.
+        max_lengths: tokens that each response may have, where all are sampled at one time by one
+            host.
 
     Returns:
         The rollout of all rows, on the mesh.
@@ -196,6 +199,8 @@ def sample(
                 config=sampler,
                 layout=parts.layout,
                 sampling_layout=parts.sampling_layout,
+                stops=parts.stops,
+                max_lengths=max_lengths,
                 finished=finished and _on_this_host(finished, share.index * size, start, size),
             )
         )
@@ -207,9 +212,9 @@ def sample(
 def _on_this_host(finished: Finished, first: int, start: int, size: int) -> Finished:
     """Of all hosts' rows, those from `first` on: this host calls them from `start` on."""
 
-    def own(place: int, tokens: np.ndarray) -> None:
+    def own(place: int, response: Response) -> None:
         if first <= place < first + size:
-            finished(start + place - first, tokens)
+            finished(start + place - first, response)
 
     return own
 

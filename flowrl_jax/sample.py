@@ -1,26 +1,30 @@
 """Responses to prompts: `python -m flowrl_jax.sample --config=FILE --run=DIR --prompts=FILE`.
 
-One JSON object a line, in the order of the prompts, the samples of a prompt adjacent:
+One JSON object a line, in the order of the prompts, the samples of a prompt adjacent; a prompt's
+lines are written once its samples and those of all before it have ended:
 
     {"prompt": "3,5,8=24:", "sample": 0, "text": "(8-5)*8", "tokens": [...], "logprob": -3.1,
-     "logprobs": [...], "finish_reason": "stop"}
+     "logprobs": [...], "policy_logprobs": [...], "finish_reason": "stop"}
 
-`tokens` and `logprobs` include the end-of-sequence token, `text` does not. Log-probabilities are
-those of the distribution that was sampled from, so they are 0 for greedy decoding. A sample depends
-on the seed and on its prompt's place among the prompts, not on what is sampled beside it.
+`tokens` and log-probabilities include the end-of-sequence token and stop strings, `text` does not.
+`logprobs` are those of the distribution that was sampled from, 0 for greedy decoding, and `logprob`
+is their sum; `policy_logprobs` are the policy's own, at temperature 1 and with all tokens. A sample
+depends on the seed and on its prompt's place among the prompts, not on what is sampled beside it.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags
 
 from flowrl_jax import cli
@@ -33,13 +37,12 @@ from flowrl_jax.rollouts import (
     encode_prompt,
     fit_prompt,
     prompt_arrays,
-    response_ids,
-    responses,
+    response_text,
     sample,
 )
-from flowrl_jax.sampler import SamplerConfig, rollout_key
-from flowrl_jax.sharding import local_rows
+from flowrl_jax.sampler import Response, SamplerConfig, cut_at_stop, rollout_key
 
+_BATCHES = 16  # of `eval.prompts_per_batch` prompts that the sampler is given at one time
 _DECIMALS = 6  # of log-probabilities, which float32 carries no further
 
 
@@ -64,10 +67,70 @@ def read_prompts(path: str) -> list[str]:
     return prompts
 
 
-def samples(
-    parts: Parts, policy: Any, prompts: Sequence[str], config: SamplerConfig, done: int = 0
-) -> Iterator[list[dict[str, Any]]]:
-    """Samples batch by batch.
+class Lines:
+    """Turns responses, as they end, into lines in the order of prompts.
+
+    Args:
+        parts: of the run.
+        prompts: texts.
+        count: samples of each.
+        write: what takes the lines of a prompt.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        prompts: Sequence[str],
+        count: int,
+        write: Callable[[list[dict[str, Any]]], None],
+    ):
+        self._parts, self._prompts, self._count, self._write = parts, prompts, count, write
+        self._waiting: dict[int, dict[int, dict[str, Any]]] = {}
+
+    def take(self, place: int, sample: int, response: Response) -> None:
+        """Takes a response.
+
+        Args:
+            place: of its prompt.
+            sample: its number among those of the prompt.
+            response: from the sampler.
+        """
+        self._waiting.setdefault(place, {})[sample] = self._record(place, sample, response)
+
+    def flush(self, place: int) -> int:
+        """Writes the prompts that are complete, from `place` on; returns the first that is not."""
+        while len(self._waiting.get(place, ())) == self._count:
+            records = self._waiting.pop(place)
+            self._write([records[sample] for sample in range(self._count)])
+            place += 1
+        return place
+
+    def _record(self, place: int, sample: int, response: Response) -> dict[str, Any]:
+        ids = response.tokens.tolist()
+        text = response_text(self._parts, ids)
+        logprobs = [round(float(x), _DECIMALS) for x in response.logprobs]
+        return {
+            "prompt": self._prompts[place],
+            "sample": sample,
+            "text": cut_at_stop(text, self._parts.config.rollout.stop),
+            "tokens": ids,
+            "logprob": round(float(response.logprobs.sum()), _DECIMALS),
+            "logprobs": logprobs,
+            "policy_logprobs": [round(float(x), _DECIMALS) for x in response.policy_logprobs],
+            "finish_reason": "length" if response.truncated else "stop",
+        }
+
+
+def generate_lines(
+    parts: Parts,
+    policy: Any,
+    prompts: Sequence[str],
+    config: SamplerConfig,
+    done: int,
+    lines: Lines,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Samples; as many prompts at one time as `eval.prompts_per_batch`, and others when these end.
 
     Args:
         parts: of the run.
@@ -75,33 +138,33 @@ def samples(
         prompts: texts that fit `rollout.max_prompt_length`.
         config: how to sample; `group_size` samples of each prompt.
         done: prompts at the beginning that are left out.
-
-    Yields:
-        The records of a batch of prompts.
+        lines: takes the responses.
+        progress: told how many prompts are complete, and how many tokens a response had.
     """
     count = config.group_size
     size = parts.round_up_prompts(min(parts.config.eval.prompts_per_batch, len(prompts)), count)
+    config = dataclasses.replace(config, slots=config.slots or size * count)
     key = rollout_key(parts.config.seed, SAMPLE_STREAM)
-    for start in range(done, len(prompts), size):
-        places = list(range(start, min(start + size, len(prompts))))
-        # The last batch is filled up, so that every batch is the same compiled program.
-        filled = places + places[-1:] * (size - len(places))
+    batch = min(-(-len(prompts) // size), _BATCHES) * size
+    for start in range(done, len(prompts), batch):
+        places = list(range(start, min(start + batch, len(prompts))))
+        # The last batch is filled up with rows that end at once: the same programs serve it.
+        filled = places + places[-1:] * (batch - len(places))
         ids = [_fit(parts, prompts, i)[0] for i in filled]
-        rollout = sample(parts, policy, prompt_arrays(parts, ids, filled, count), key, config)
-        texts, tokens = responses(parts, rollout), response_ids(rollout)
-        logprobs, truncated = local_rows(rollout.sampler_logprobs), local_rows(rollout.truncated)
-        yield [
-            {
-                "prompt": prompts[start + row // count],
-                "sample": row % count,
-                "text": texts[row],
-                "tokens": tokens[row],
-                "logprob": round(float(logprobs[row].sum()), _DECIMALS),
-                "logprobs": [round(float(x), _DECIMALS) for x in logprobs[row, : len(tokens[row])]],
-                "finish_reason": "length" if truncated[row] else "stop",
-            }
-            for row in range(len(places) * count)
-        ]
+        limits = np.full(batch * count, config.max_response_length)
+        limits[len(places) * count :] = 1
+        written = start
+
+        def finished(row: int, response: Response, start: int = start, end: int = len(places)):
+            nonlocal written
+            place, number = divmod(row, count)
+            if place < end:
+                lines.take(start + place, number, response)
+                before, written = written, lines.flush(written)
+                progress(written - before, len(response.tokens))
+
+        arrays = prompt_arrays(parts, ids, filled, count)
+        sample(parts, policy, arrays, key, config, finished=finished, max_lengths=limits)
 
 
 def _fit(parts: Parts, prompts: Sequence[str], i: int) -> tuple[list[int], bool]:
@@ -191,12 +254,19 @@ def write_samples(
         Progress(len(prompts), "sample", initial=done, unit="prompt") as progress,
     ):
         began, tokens = time.perf_counter(), 0
-        for batch in samples(parts, policy, prompts, settings, done):
-            file.writelines(json.dumps(record) + "\n" for record in batch)
+
+        def write(records: list[dict[str, Any]]) -> None:
+            file.writelines(json.dumps(record) + "\n" for record in records)
             file.flush()
-            tokens += sum(len(record["tokens"]) for record in batch)
+
+        def update(complete: int, drawn: int) -> None:
+            nonlocal tokens
+            tokens += drawn
             rate = tokens / (time.perf_counter() - began)
-            progress.update(len(batch) // settings.group_size, tokens_per_second=f"{rate:.0f}")
+            progress.update(complete, tokens_per_second=f"{rate:.0f}")
+
+        lines = Lines(parts, prompts, settings.group_size, write)
+        generate_lines(parts, policy, prompts, settings, done, lines, update)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -226,6 +296,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     flags.DEFINE_integer("top_k", None, "default: eval.top_k", flag_values=values)
     flags.DEFINE_float("top_p", None, "default: eval.top_p", flag_values=values)
+    flags.DEFINE_float("min_p", None, "default: eval.min_p", flag_values=values)
+    flags.DEFINE_multi_string(
+        "stop", None, "text that ends a response; default: rollout.stop", flag_values=values
+    )
 
     def start(config: Config, values: flags.FlagValues) -> None:
         configure_jax()
@@ -236,10 +310,13 @@ def main(arguments: list[str] | None = None) -> int:
             "group_size": values["n"].value,
             "max_response_length": values["max_tokens"].value,
         }
-        for name in ("temperature", "top_k", "top_p"):
+        for name in ("temperature", "top_k", "top_p", "min_p"):
             given = values[name].value
             sampling[name] = getattr(config.eval, name) if given is None else given
         sampling = {name: value for name, value in sampling.items() if value is not None}
+        if values["stop"].value:
+            rollout = dataclasses.replace(config.rollout, stop=tuple(values["stop"].value))
+            config = dataclasses.replace(config, rollout=rollout)
         prompts = read_prompts(str(values["prompts"].value))
         try:
             write_samples(config, str(run), prompts, sampling, str(values["out"].value))

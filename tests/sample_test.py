@@ -21,7 +21,16 @@ pytestmark = pytest.mark.slow  # each compiles a run of its own
 
 
 PROMPTS = ["1,2,3=6:", "2,2,3=7:", "3,4,5=12:", "1,1,6=8:", "2,5,6=4:"]
-FIELDS = {"prompt", "sample", "text", "tokens", "logprob", "logprobs", "finish_reason"}
+FIELDS = {
+    "prompt",
+    "sample",
+    "text",
+    "tokens",
+    "logprob",
+    "logprobs",
+    "policy_logprobs",
+    "finish_reason",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +100,7 @@ def test_logprobs_are_the_policys(lines):
 def test_batches_do_not_matter(lines, file, size, capsys):
     same = run(capsys, f"--prompts={file}", "--n=3", eval__prompts_per_batch=size)
     for line, other in zip(lines, same, strict=True):
-        for name in ("logprob", "logprobs"):
+        for name in ("logprob", "logprobs", "policy_logprobs"):
             assert line.pop(name) == pytest.approx(other.pop(name), abs=1e-5)
         assert line == other
 

@@ -268,8 +268,8 @@ def test_ids_that_do_not_exist_are_never_drawn():
             logits, uniform, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
         )
         assert tokens.tolist() == [0, 128, 299, 7]
-        np.testing.assert_array_equal(logprobs, 0.0)
-        np.testing.assert_array_equal(policy, 0.0)
+        np.testing.assert_allclose(logprobs, 0.0, atol=1e-6)
+        np.testing.assert_allclose(policy, 0.0, atol=1e-6)
 
 
 def test_the_policys_logprob_is_free_where_it_is_the_one_drawn_from():

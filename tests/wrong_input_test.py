@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from configs import base, quickstart, test_tiny
@@ -10,8 +11,9 @@ from flowrl_jax import evaluate, sft, train
 from flowrl_jax.assembly import assemble
 from flowrl_jax.config import parse_config
 from flowrl_jax.errors import InputError
+from flowrl_jax.grading import Grading
 from flowrl_jax.metrics import CompileCounter
-from flowrl_jax.rollouts import grade
+from flowrl_jax.sampler import Response
 from flowrl_jax.train import train as run
 
 
@@ -102,7 +104,9 @@ def test_rewards_must_be_finite(data_dir, tmp_path):
     parts = assemble(parse_config(config), tmp_path)
     object.__setattr__(parts, "task", Odd())
     with pytest.raises(InputError, match="prompt 7"):
-        grade(parts, [{"prompt_id": 7}], ["x", "y"])
+        grading = Grading(parts, [{"prompt_id": 7}], 1)
+        grading(0, Response(np.array([1, 2]), np.zeros(2), np.zeros(2), truncated=False))
+        grading.rewards()
 
 
 @pytest.mark.parametrize("module", [train, sft, evaluate])

@@ -18,10 +18,29 @@ from flowrl_jax.models.transformer import Transformer
 from flowrl_jax.sampler.programs import Programs, Slots, programs_of
 from flowrl_jax.sampler.schedule import Schedule
 from flowrl_jax.sampler.settings import SamplerConfig
+from flowrl_jax.sampler.stops import StopTable
 from flowrl_jax.sharding import Layout
 from flowrl_jax.types import PromptBatch, Rollout
 
-Finished = Callable[[int, np.ndarray], None]
+
+@dataclasses.dataclass(frozen=True)
+class Response:
+    """A row that has ended.
+
+    Attributes:
+        tokens: `[n]` int32, the one that ended it included.
+        logprobs: `[n]` float32, see `Rollout.sampler_logprobs`.
+        policy_logprobs: `[n]` float32, see `Rollout.policy_logprobs`.
+        truncated: whether its limit ended it.
+    """
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    policy_logprobs: np.ndarray
+    truncated: bool
+
+
+Finished = Callable[[int, Response], None]
 
 
 @jax.jit
@@ -39,6 +58,7 @@ def generate(
     config: SamplerConfig,
     layout: Layout | None = None,
     sampling_layout: Layout | None = None,
+    stops: StopTable | None = None,
     max_lengths: np.ndarray | None = None,
     finished: Finished | None = None,
 ) -> Rollout:
@@ -58,10 +78,11 @@ def generate(
             inputs' shardings lead.
         sampling_layout: where weights, cache and activations live in the meantime; `layout` by
             default.
+        stops: strings that end a response; the token that completes one is part of it.
         max_lengths: `[B]` int, tokens that each response may have, all B on every host;
             `config.max_response_length` by default.
-        finished: called with a row's place in the batch and its tokens `[n]` once it has ended,
-            while others go on; on every host for all B rows.
+        finished: called with a row's place in the batch and its `Response` once it has ended, while
+            others go on; on every host for all B rows.
 
     Returns:
         A `Rollout` with T = `config.max_response_length`.
@@ -73,7 +94,7 @@ def generate(
     programs = programs_of(model.config, config, layout, sampling_layout or layout)
     limits = _limits(prompts, config, programs.shards, max_lengths)
     responses = _Responses(limits, config, finished)
-    _Engine(programs, params, prompts, key, limits).run(responses)
+    _Engine(programs, params, prompts, key, limits, stops).run(responses)
     arrays = (responses.tokens, responses.logprobs, responses.policy_logprobs)
     arrays = (*arrays, responses.length, responses.truncated)
     return programs.assemble(prompts, *(_put(x, layout) for x in arrays))
@@ -138,7 +159,16 @@ class _Responses:
             if not segment.active[slot]:
                 self.truncated[row] = not segment.stopped[slot]
                 if self._finished:
-                    self._finished(int(row), self.tokens[row, :end])
+                    self._finished(int(row), self._response(row))
+
+    def _response(self, row: int) -> Response:
+        end = self.length[row]
+        return Response(
+            tokens=self.tokens[row, :end],
+            logprobs=self.logprobs[row, :end],
+            policy_logprobs=self.policy_logprobs[row, :end],
+            truncated=bool(self.truncated[row]),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,11 +193,13 @@ class _Engine:
         prompts: PromptBatch,
         key: jax.Array,
         limits: np.ndarray,
+        stops: StopTable | None,
     ):
         config, within = programs.config, programs.within
         platform = within.mesh.devices.flat[0].platform if within else jax.default_backend()
         self.programs, self.params, self.prompts = programs, params, prompts
         self.key_impl = jax.random.key_impl(key)
+        self.stops = stops if within is None else jax.device_put(stops, within.replicated)
         # Few rows take a CPU less time; elsewhere weights have to be read for one as for many.
         self.schedule = Schedule(
             len(limits),
@@ -194,7 +226,7 @@ class _Engine:
             slots = self._admit(self._fit(slots))
             row, before = schedule.row.ravel().copy(), schedule.drawn.ravel().copy()
             slots, log, seen = self.programs.segment(
-                self.weights, slots, *schedule.floors(), self.key_impl
+                self.weights, slots, *schedule.floors(), self.key_impl, self.stops
             )
             if last:  # while the device decodes
                 responses.record(last)

@@ -24,6 +24,7 @@ from flowrl_jax.models.transformer import TransformerConfig
 from flowrl_jax.sampler.sampling import draw
 from flowrl_jax.sampler.schedule import column_sizes
 from flowrl_jax.sampler.settings import SamplerConfig
+from flowrl_jax.sampler.stops import StopTable, advance
 from flowrl_jax.sharding import Layout, constrain
 from flowrl_jax.types import PromptBatch, Rollout
 
@@ -65,7 +66,8 @@ class Row:
         length: `[S]` int32, tokens in the cache: the last so many columns.
         drawn: `[S]` int32, tokens of the response.
         active: `[S]` bool, whether there is a row that has not ended.
-        stopped: `[S]` bool, whether it has ended by a token, not by its limit.
+        stopped: `[S]` bool, whether it has ended by what it says, not by its limit.
+        search: `[S]` int32, how far a stop string has been read, see `StopTable`.
         fixed: their rows' keys and limits.
     """
 
@@ -74,6 +76,7 @@ class Row:
     drawn: jax.Array
     active: jax.Array
     stopped: jax.Array
+    search: jax.Array
     fixed: Rows
 
 
@@ -161,7 +164,8 @@ class Programs:
         cache = KVCache(*[self.cache_sharding()] * 2, *[scale if eight else None] * 2)
         caches = (cache,) * self.shape.num_layers
         fixed = Rows(key=rows, limit=rows)
-        row = Row(token=rows, length=rows, drawn=rows, active=rows, stopped=rows, fixed=fixed)
+        names = ("token", "length", "drawn", "active", "stopped", "search")
+        row = Row(**dict.fromkeys(names, rows), fixed=fixed)
         return {
             Rows: fixed,
             Prompts: Prompts(caches=caches, token=rows, length=rows),
@@ -233,7 +237,8 @@ class Programs:
         fixed = jax.tree.map(lambda x: jnp.zeros((slots, *x.shape[1:]), x.dtype), rows)
         width = prompts.caches[0].key.shape[2]
         caches = jax.tree.map(cache, prompts.caches)
-        return Slots(Row(none, none, none, false, false, fixed), caches, jnp.int32(width))
+        row = Row(none, none, none, false, false, none, fixed)
+        return Slots(row, caches, jnp.int32(width))
 
     @functools.cached_property
     def enter(self) -> Callable:
@@ -258,6 +263,7 @@ class Programs:
                     drawn=jnp.int32(0),
                     active=jnp.bool(True),
                     stopped=jnp.bool(False),
+                    search=jnp.int32(0),
                     fixed=jax.tree.map(lambda x: x[who], rows),
                 )
                 return Slots(
@@ -314,16 +320,16 @@ class Programs:
     def segment(self) -> Callable:
         """Decodes until the host is to be asked.
 
-        Of weights, `Slots`, `floors` of a `Schedule` (two) and the key's implementation, which is
-        static: `Slots`, a `Log`, and what the host looks at: each slot's `active`, `stopped` and
-        `drawn`, and the column.
+        Of weights, `Slots`, `floors` of a `Schedule` (two), the key's implementation, which is
+        static, and a `StopTable` or None: `Slots`, a `Log`, and what the host looks at: each
+        slot's `active`, `stopped` and `drawn`, and the column.
         """
         settings: dict[str, Any] = {}
         if self.within is not None:
             settings["out_shardings"] = (self.shardings(Slots), *[self.within.replicated] * 2)
         return self._jit(self._segment, donate_argnums=1, static_argnums=4, **settings)
 
-    def _segment(self, weights, slots: Slots, refill, shrink, key_impl):
+    def _segment(self, weights, slots: Slots, refill, shrink, key_impl, stops):
         columns, count = slots.caches[0].key.shape[2], slots.row.token.shape[0]
         log = (self.config.segment, count)
 
@@ -335,7 +341,7 @@ class Programs:
 
         def body(carry):
             step, slots, log = carry
-            slots, drawn = self.token(weights, slots, key_impl)
+            slots, drawn = self.token(weights, slots, key_impl, stops)
             log = jax.tree.map(
                 lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, step, 0), log, drawn
             )
@@ -346,7 +352,9 @@ class Programs:
         row = slots.row
         return slots, log, (row.active, row.stopped, row.drawn, slots.column)
 
-    def token(self, weights: Any, slots: Slots, key_impl: Any) -> tuple[Slots, Log]:
+    def token(
+        self, weights: Any, slots: Slots, key_impl: Any, stops: StopTable | None = None
+    ) -> tuple[Slots, Log]:
         """Draws a token for every row: a step of `segment`."""
         row, config = slots.row, self.config
         held = Held(slots.column, jnp.where(row.active, row.length + 1, 0))
@@ -364,13 +372,18 @@ class Programs:
             min_p=config.min_p,
         )
         drawn = row.drawn + row.active
-        stopped = jnp.isin(token, jnp.array(config.eos_ids, jnp.int32)) & row.active
+        stopped, search = jnp.isin(token, jnp.array(config.eos_ids, jnp.int32)), row.search
+        if stops is not None:
+            search, said = advance(stops, search, token)
+            stopped |= said
+        stopped &= row.active
         row = Row(
             token=token,
             length=row.length + row.active,
             drawn=drawn,
             active=row.active & ~stopped & (drawn < row.fixed.limit),
             stopped=row.stopped | stopped,
+            search=search,
             fixed=row.fixed,
         )
         return Slots(row, caches, slots.column + 1), Log(token, logprob, policy_logprob)
