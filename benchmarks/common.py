@@ -1,16 +1,18 @@
 """What the benchmarks share: the work, the children that do it, and the comparison of their times.
 
 Every engine runs in a child process of its own, so that its peak memory is its own. The parent
-asks for one repetition at a time, ours and the peer's in turn, so that whatever else the machine
-does meets both. This module imports neither jax nor flowrl_jax: the peer's environment reads it.
+asks for one repetition at a time, ours and the others' in turn, so that whatever else the machine
+does meets all. This module imports neither jax nor flowrl_jax: the peers' environments read it.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import platform
+import random
 import resource
 import statistics
 import subprocess
@@ -21,19 +23,30 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PEER_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
-
-# What we want of ours / the peer's: at least so much of a rate, at most so much of a cost.
-AT_LEAST = {"sampler": {"tokens_per_second": 1.5}}
-AT_MOST = {
-    "train_step": {"seconds": 0.7, "peak_rss_bytes": 0.5},
-    "rl_step": {"seconds": 0.65},
+# The peers: the package that each is, and the interpreter that has it unless one is named.
+PEERS = {
+    "tunix": str(ROOT / ".venv-peers" / "bin" / "python"),
+    "transformers": sys.executable,
+}
+# Shapes of decoders, by what --model calls them.
+MODELS: dict[str, dict[str, int]] = {
+    "5m": {},
+    "25m": {"layers": 8, "width": 512, "mlp": 1376, "heads": 8, "kv_heads": 4},
+    "260k": {
+        "layers": 5,
+        "width": 64,
+        "mlp": 172,
+        "heads": 8,
+        "kv_heads": 4,
+        "head_dim": 8,
+        "vocab": 512,
+    },
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What is measured: a Qwen3-shaped decoder with random weights, and one batch of GRPO.
+    """What is measured: a decoder with random weights, and one batch of GRPO.
 
     Attributes:
         layers: blocks.
@@ -46,7 +59,13 @@ class Work:
         prompts: different prompts of a batch.
         group: responses to each prompt.
         prompt_length: tokens of every prompt.
-        response_length: tokens of every response; nothing ends a response earlier.
+        response_length: tokens of every response, or of the mean one; nothing but its length ends
+            a response.
+        limit: tokens of a response that the sampler is to expect; 0 means `response_length`.
+        spread: standard deviation of the logarithm of log-normal lengths, which `limit` cuts; 0
+            makes them equal.
+        slots: responses drawn at one time; 0 means all.
+        top_p: share of the most likely tokens that are drawn from.
         kl_coef: of the penalty for leaving the reference.
         learning_rate: of AdamW.
     """
@@ -62,6 +81,10 @@ class Work:
     group: int = 4
     prompt_length: int = 64
     response_length: int = 128
+    limit: int = 0
+    spread: float = 0.0
+    slots: int = 0
+    top_p: float = 1.0
     kl_coef: float = 0.04
     learning_rate: float = 1e-4
 
@@ -70,9 +93,27 @@ class Work:
         """Responses of a batch."""
         return self.prompts * self.group
 
+    @property
+    def max_length(self) -> int:
+        """Tokens of a response that the sampler is to expect."""
+        return self.limit or self.response_length
+
+    def lengths(self) -> list[int]:
+        """Tokens of each response, the same in every repetition."""
+        rng, mean = random.Random(0), math.log(self.response_length) - self.spread**2 / 2
+        drawn = [round(rng.lognormvariate(mean, self.spread)) for _ in range(self.rows)]
+        return [min(max(length, 1), self.max_length) for length in drawn]
+
+    def batches(self) -> Iterator[tuple[slice, int]]:
+        """For a sampler without slots: the rows that fill them, and their longest response."""
+        lengths, size = self.lengths(), self.slots or self.rows
+        for first in range(0, self.rows, size):
+            rows = slice(first, first + size)
+            yield rows, max(lengths[rows])
+
     def tokens(self, kind: str) -> int:
         """Tokens of one repetition: those drawn, or those of the rows that are learnt from."""
-        drawn = self.rows * self.response_length
+        drawn = sum(self.lengths())
         return drawn if kind != "train_step" else drawn + self.rows * self.prompt_length
 
 
@@ -170,15 +211,46 @@ class Child:
         return json.loads(line)
 
 
-def measure(
-    kind: str, work: Work, pythons: dict[str, str], repeats: int
-) -> dict[str, dict[str, Any]]:
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """A comparison of ours with others on one work.
+
+    Attributes:
+        name: of the benchmark.
+        description: what it measures.
+        kind: what a repetition does: "train_step", "sampler" or "rl_step".
+        peers: that it is compared with, some of `PEERS`.
+        variants: ours on other work, by what to call it: what it is compared with as well.
+        work: what to do unless the command line says otherwise.
+        at_least: what we want of ours / another's, by its name: so much of a rate.
+        at_most: so much of a cost.
+    """
+
+    name: str
+    description: str
+    kind: str
+    peers: tuple[str, ...] = ("tunix",)
+    variants: dict[str, Callable[[Work], Work]] = dataclasses.field(default_factory=dict)
+    work: Work = Work()
+    at_least: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    at_most: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """What does the work: a module here, the interpreter that runs it, and the work."""
+
+    module: str
+    python: str
+    work: Work
+
+
+def measure(kind: str, engines: dict[str, Engine], repeats: int) -> dict[str, dict[str, Any]]:
     """Runs engines in turn.
 
     Args:
         kind: "train_step", "sampler" or "rl_step".
-        work: what to do.
-        pythons: the interpreter of each engine, by the name of its module here.
+        engines: by name.
         repeats: measured repetitions; two more before them compile and warm up.
 
     Returns:
@@ -186,18 +258,21 @@ def measure(
     """
     results = {}
     with contextlib.ExitStack() as stack:
-        children = [Child(module, python, kind, work) for module, python in pythons.items()]
-        for child in children:
+        children = {
+            name: Child(engine.module, engine.python, kind, engine.work)
+            for name, engine in engines.items()
+        }
+        for child in children.values():
             stack.callback(child.kill)
         for _ in range(repeats + 2):
-            for child in children:
+            for child in children.values():
                 child.repeat()
-        for child in children:
+        for name, child in children.items():
             first, _, *samples = child.samples
             median = {name: statistics.median(sample[name] for sample in samples) for name in first}
-            results[child.module] = {
+            results[name] = {
                 **median,
-                "tokens_per_second": work.tokens(kind) / median["seconds"],
+                "tokens_per_second": engines[name].work.tokens(kind) / median["seconds"],
                 "first_seconds": first["seconds"],
                 "all_seconds": [sample["seconds"] for sample in samples],
                 **child.finish(),
@@ -208,34 +283,36 @@ def measure(
 RATIOS = ("seconds", "cpu_seconds", "tokens_per_second", "peak_rss_bytes")
 
 
-def compare(kind: str, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What a benchmark writes: ours, the peers, and ours divided by each peer's."""
-    ours = results.pop("ours")
-    peers = {module.removesuffix("_peer"): result for module, result in results.items()}
+def compare(name: str, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What a benchmark writes: ours, the others, and ours divided by each of theirs."""
+    others = dict(results)
+    ours = others.pop("ours")
     ratios = {
-        peer: {name: ours[name] / result[name] for name in RATIOS} for peer, result in peers.items()
+        other: {name: ours[name] / result[name] for name in RATIOS}
+        for other, result in others.items()
     }
-    return {"benchmark": kind, "ours": ours, "peers": peers, "ratios": ratios}
+    return {"benchmark": name, "ours": ours, "peers": others, "ratios": ratios}
 
 
-def _table(report: dict[str, Any]) -> Iterator[str]:
+def _table(report: dict[str, Any], benchmark: Benchmark) -> Iterator[str]:
     """The report's lines for people."""
-    kind = report["benchmark"]
-    yield f"{kind:24}{'seconds':>10}{'CPU s':>10}{'tokens/s':>10}{'peak MB':>10}{'first s':>10}"
+    columns = ("seconds", "CPU s", "tokens/s", "peak MB", "first s")
+    yield f"{benchmark.name:24}" + "".join(f"{column:>10}" for column in columns)
     for name, result in {"ours": report["ours"], **report["peers"]}.items():
         yield (
             f"{name:24}{result['seconds']:10.3f}{result['cpu_seconds']:10.3f}"
             f"{result['tokens_per_second']:10.0f}{result['peak_rss_bytes'] / 1e6:10.0f}"
             f"{result['first_seconds']:10.2f}"
         )
-    for peer, ratio in report["ratios"].items():
-        yield f"{'ours / ' + peer:24}" + "".join(f"{ratio[name]:10.2f}" for name in RATIOS)
-        for name, bound in AT_LEAST.get(kind, {}).items():
+    for other, ratio in report["ratios"].items():
+        yield f"{'ours / ' + other:24}" + "".join(f"{ratio[name]:10.2f}" for name in RATIOS)
+        for name, bound in benchmark.at_least.get(other, {}).items():
             yield f"{name}: {ratio[name]:.2f}, wanted at least {bound}"
-        for name, bound in AT_MOST.get(kind, {}).items():
+        for name, bound in benchmark.at_most.get(other, {}).items():
             yield f"{name}: {ratio[name]:.2f}, wanted at most {bound}"
-    if not report["ratios"]:
-        yield "no peer: `make benchmark-peers` installs one, or name its --peer-python"
+    for peer in benchmark.peers:
+        if peer not in report["peers"]:
+            yield f"without {peer}: benchmarks/README.md says how to install it"
     others = max(
         result["busy_cores_of_others"] for result in (report["ours"], *report["peers"].values())
     )
@@ -243,44 +320,73 @@ def _table(report: dict[str, Any]) -> Iterator[str]:
         yield f"beware: other processes kept {others:.1f} cores busy; times are too long"
 
 
-def main(kind: str, description: str, arguments: Sequence[str] | None = None) -> int:
+def _parser(benchmark: Benchmark) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=benchmark.description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="file for the numbers")
+    for peer in benchmark.peers:
+        parser.add_argument(
+            f"--{peer}-python", default=PEERS[peer], help=f"with {peer}; empty for none"
+        )
+    parser.add_argument("--repeats", type=int, default=7, help="measured repetitions")
+    parser.add_argument("--model", choices=MODELS, default="5m", help="shape of the decoder")
+    for field in dataclasses.fields(Work):
+        default = getattr(benchmark.work, field.name)
+        flag = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(flag, type=type(field.default), default=default, help="work")
+    return parser
+
+
+def _has(python: str, package: str) -> bool:
+    """Whether an interpreter is there and has a package."""
+    look = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({package!r}) is None)"
+    return (
+        Path(python).exists() and not subprocess.run([python, "-c", look], check=False).returncode
+    )
+
+
+def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
     """The command line of a benchmark.
 
     Args:
-        kind: "train_step", "sampler" or "rl_step".
-        description: what it measures.
+        benchmark: what it measures.
         arguments: of the command line.
 
     Returns:
         The exit code.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, help="file for the numbers")
-    parser.add_argument(
-        "--peer-python", default=str(PEER_PYTHON), help="with Tunix; empty for none"
-    )
-    parser.add_argument("--repeats", type=int, default=7, help="measured repetitions")
-    for field in dataclasses.fields(Work):
-        flag = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(flag, type=type(field.default), default=field.default, help="work")
+    parser = _parser(benchmark)
+    parser.set_defaults(**MODELS[parser.parse_known_args(arguments)[0].model])
     values = vars(parser.parse_args(arguments))
     work = Work(**{field.name: values[field.name] for field in dataclasses.fields(Work)})
     if values["repeats"] < 1:
         parser.error(f"--repeats={values['repeats']} must be at least 1")
-    pythons = {"ours": sys.executable}
-    peer = values["peer_python"]
-    if peer and Path(peer).exists():
-        pythons["tunix_peer"] = peer
-    elif peer not in ("", str(PEER_PYTHON)):
-        parser.error(f"--peer-python={peer} does not exist: name an interpreter with Tunix")
+    engines = {"ours": Engine("ours", sys.executable, work)}
+    for name, change in benchmark.variants.items():
+        engines[name] = Engine("ours", sys.executable, change(work))
+    for peer in benchmark.peers:
+        python = values[f"{peer}_python"]
+        if python and _has(python, peer):
+            engines[peer] = Engine(f"{peer}_peer", python, work)
+        elif python not in ("", PEERS[peer]):
+            parser.error(f"--{peer}-python={python} is no interpreter with {peer}: name one")
 
-    report = compare(kind, measure(kind, work, pythons, values["repeats"]))
+    report = compare(benchmark.name, measure(benchmark.kind, engines, values["repeats"]))
     report["work"] = dataclasses.asdict(work)
-    report["machine"] = {"platform": platform.platform(), "cores": len(os.sched_getaffinity(0))}
-    print("\n".join(_table(report)))
-    if values["json"]:
-        values["json"].parent.mkdir(parents=True, exist_ok=True)
-        values["json"].write_text(json.dumps(report, indent=2) + "\n")
+    report["machine"] = machine()
+    print("\n".join(_table(report, benchmark)))
+    write_report(values["json"], report)
     return 0
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were taken on."""
+    return {"platform": platform.platform(), "cores": len(os.sched_getaffinity(0))}
+
+
+def write_report(path: Path | None, report: dict[str, Any]) -> None:
+    """Keeps the numbers in a file, where one is named."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=2) + "\n")

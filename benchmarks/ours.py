@@ -45,12 +45,16 @@ def make_learner(work: Work) -> Learner:
     )
 
 
+def random_prompts(work: Work, seed: int) -> np.ndarray:
+    """`[prompts, prompt_length]` int32."""
+    shape = (work.prompts, work.prompt_length)
+    return np.random.default_rng(seed).integers(3, work.vocab, shape, dtype=np.int32)
+
+
 def draw_prompts(work: Work, learner: Learner, seed: int) -> PromptBatch:
     """Random prompts, each as often as its group has samples."""
-    shape = (work.prompts, work.prompt_length)
-    tokens = np.random.default_rng(seed).integers(3, work.vocab, shape, dtype=np.int32)
     rows = {
-        "tokens": np.repeat(tokens, work.group, axis=0),
+        "tokens": np.repeat(random_prompts(work, seed), work.group, axis=0),
         "mask": np.ones((work.rows, work.prompt_length), bool),
         "prompt_id": np.repeat(np.arange(work.prompts, dtype=np.int32), work.group),
         "sample_id": np.tile(np.arange(work.group, dtype=np.int32), work.prompts),
@@ -79,14 +83,26 @@ def draw_batch(work: Work, learner: Learner) -> TrainBatch:
 def make_rollout(work: Work, learner: Learner) -> Callable[..., tuple[PromptBatch, Rollout]]:
     """A function of a policy and a number to prompts and the responses to them."""
     config = SamplerConfig(
-        max_response_length=work.response_length, eos_ids=(), group_size=work.group
+        max_response_length=work.max_length,
+        eos_ids=(),
+        group_size=work.group,
+        top_p=work.top_p,
+        slots=work.slots,
     )
+    lengths = np.array(work.lengths(), np.int32)
+    limits = learner.layout.put_batch(lengths) if lengths.min() < work.max_length else None
 
     def rollout(policy, number):
         prompts = draw_prompts(work, learner, number)
-        key = rollout_key(0, number)
-        model, layout = learner.model, learner.layout
-        drawn = generate(policy, prompts, key, model=model, config=config, layout=layout)
+        drawn = generate(
+            policy,
+            prompts,
+            rollout_key(0, number),
+            model=learner.model,
+            config=config,
+            layout=learner.layout,
+            max_lengths=limits,
+        )
         return prompts, drawn
 
     return rollout

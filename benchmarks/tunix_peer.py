@@ -87,11 +87,11 @@ def make_cluster(work: Work) -> rl_cluster.RLCluster:
         compute_logps_micro_batch_size=work.prompts,
     )
     rollout = base_rollout.RolloutConfig(
-        max_tokens_to_generate=work.response_length,
+        max_tokens_to_generate=work.max_length,
         max_prompt_length=work.prompt_length,
-        kv_cache_size=work.prompt_length + work.response_length,
+        kv_cache_size=work.prompt_length + work.max_length,
         temperature=1.0,
-        top_p=1.0,
+        top_p=work.top_p,
         return_logprobs=True,
     )
     with mesh:
@@ -158,7 +158,9 @@ def run(kind: str, work: Work, repetitions: Iterator[int]) -> dict[str, str]:
     cluster = make_cluster(work)
     if kind == "sampler":
         for number in repetitions:
-            cluster.generate(prompts=np.repeat(draw_prompts(work, number), work.group).tolist())
+            prompts = np.repeat(draw_prompts(work, number), work.group)
+            for rows, longest in work.batches():
+                cluster.generate(prompts[rows].tolist(), max_generation_steps=longest)
     elif kind == "train_step":
         # The learner tells the trainer which loss to use.
         make_learner(work, cluster)

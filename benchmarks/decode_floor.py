@@ -1,0 +1,154 @@
+"""Seconds of a step of decoding beside the floor that this machine's speed puts under them.
+
+The floor is the larger of two: the operations of the step's matrix products at the speed of a large
+matrix product, and the bytes of the weights and of the cache's live columns, each read once, at
+the speed at which a large array is read. Both speeds are measured here, before and after.
+
+python -m benchmarks.decode_floor [--model=25m] [--batches=1,8,64,256] [--json=FILE]
+"""
+
+import argparse
+import dataclasses
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.common import MODELS, Work, machine, write_report
+from benchmarks.ours import make_learner, make_rollout
+from flowrl_jax.learner import Learner
+from flowrl_jax.models.architecture import TransformerConfig
+from flowrl_jax.train_step import init_state
+
+AT_MOST = 1.5
+FIRST = 32  # tokens of a response before those that are timed
+MATRIX = 2048
+ARRAY = 2**26  # floats: 256 MiB, more than any cache holds
+
+
+@dataclasses.dataclass(frozen=True)
+class Speeds:
+    """What this machine does at best.
+
+    Attributes:
+        flops: operations of a matrix product a second, in float32.
+        bandwidth: bytes of memory read a second.
+    """
+
+    flops: float
+    bandwidth: float
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """Of one run."""
+    began = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - began
+
+
+def measure_speeds(repeats: int = 5) -> Speeds:
+    """The best of some runs each, after one to compile."""
+    product, total = jax.jit(jnp.matmul), jax.jit(jnp.sum)
+    matrix, array = jnp.ones((MATRIX, MATRIX)), jnp.ones(ARRAY)
+    best = lambda run: min([seconds(run) for _ in range(repeats + 1)][1:])  # noqa: E731
+    return Speeds(
+        flops=2 * MATRIX**3 / best(lambda: product(matrix, matrix)),
+        bandwidth=array.nbytes / best(lambda: total(array)),
+    )
+
+
+def floor(config: TransformerConfig, rows: int, columns: float, speeds: Speeds) -> float:
+    """Seconds that a step cannot fall below.
+
+    Args:
+        config: the decoder; its embedding is its unembedding, so every weight multiplies.
+        rows: that draw a token.
+        columns: that each of them attends to.
+        speeds: of the machine.
+    """
+    keys = config.num_layers * config.num_kv_heads * config.head_dim
+    queries = config.num_layers * config.num_heads * config.head_dim
+    flops = 2 * rows * (config.num_parameters + 2 * queries * columns)
+    moved = jnp.dtype(config.dtype).itemsize * (config.num_parameters + 2 * rows * keys * columns)
+    return max(flops / speeds.flops, moved / speeds.bandwidth)
+
+
+def step_seconds(work: Work, learner: Learner, policy: Any, repeats: int) -> float:
+    """Median time of a step: that of long rollouts less that of short ones, by their steps."""
+    rollouts = [
+        make_rollout(dataclasses.replace(work, response_length=length), learner)
+        for length in (FIRST, work.response_length)
+    ]
+    runs = [lambda number, rollout=rollout: rollout(policy, number) for rollout in rollouts]
+    for run in runs:
+        jax.block_until_ready(run(0))
+    pairs = [[seconds(lambda run=run: run(number)) for run in runs] for number in range(repeats)]  # noqa: B023
+    differences = [long - short for short, long in pairs]
+    return statistics.median(differences) / (work.response_length - FIRST)
+
+
+def measure(work: Work, batches: Sequence[int], steps: int, repeats: int) -> list[dict[str, float]]:
+    """Floor, time and their ratio.
+
+    Args:
+        work: of which model and prompt length count.
+        batches: rows that draw at one time.
+        steps: that are timed of each; 0 means fewer of larger batches, 256 to 32.
+        repeats: measured repetitions.
+    """
+    learner = make_learner(work)
+    policy = init_state(learner, 1, jax.random.key(0)).params["policy"]
+    found = []
+    for rows in batches:
+        timed = steps or min(max(2048 // rows, 32), 256)
+        here = dataclasses.replace(work, prompts=rows, group=1, response_length=FIRST + timed)
+        before = measure_speeds()
+        taken = step_seconds(here, learner, policy, repeats)
+        after = measure_speeds()
+        speeds = Speeds(max(before.flops, after.flops), max(before.bandwidth, after.bandwidth))
+        columns = work.prompt_length + FIRST + timed / 2
+        least = floor(learner.model.config, rows, columns, speeds)
+        found.append(
+            {
+                "rows": rows,
+                "seconds": taken,
+                "floor": least,
+                "ratio": taken / least,
+                **dataclasses.asdict(speeds),
+            }
+        )
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description="A step of decoding beside its floor.")
+    parser.add_argument("--model", choices=MODELS, default="5m", help="shape of the decoder")
+    parser.add_argument("--batches", default="1,8,64,256", help="rows, separated by commas")
+    parser.add_argument("--prompt-length", type=int, default=64, help="tokens")
+    parser.add_argument("--steps", type=int, default=0, help="timed; 0: by the batch's size")
+    parser.add_argument("--repeats", type=int, default=5, help="measured repetitions")
+    parser.add_argument("--json", type=Path, help="file for the numbers")
+    values = parser.parse_args(arguments)
+    work = Work(**MODELS[values.model], prompt_length=values.prompt_length)
+    batches = [int(rows) for rows in values.batches.split(",")]
+    found = measure(work, batches, values.steps, values.repeats)
+    print(f"{'rows':>6}{'ms/step':>10}{'floor ms':>10}{'ratio':>8}{'GFLOP/s':>10}{'GB/s':>8}")
+    for row in found:
+        print(
+            f"{row['rows']:6}{1e3 * row['seconds']:10.3f}{1e3 * row['floor']:10.3f}"
+            f"{row['ratio']:8.2f}{row['flops'] / 1e9:10.1f}{row['bandwidth'] / 1e9:8.1f}"
+        )
+    print(f"wanted: ratios of at most {AT_MOST}")
+    report = {"benchmark": "decode_floor", "model": values.model, "steps": found}
+    write_report(values.json, {**report, "machine": machine()})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
