@@ -191,6 +191,20 @@ def test_slices_and_updates_in_place_move_no_more_than_the_slice():
     assert moved_bytes(module, program) == (32 + 4 + 32) + 2 * 32
 
 
+def test_a_slice_for_small_memory_is_read_from_the_large_one():
+    module, program = entry(
+        """
+        %a = f32[100,8]{1,0} parameter(0)
+        %at = s32[] parameter(1)
+        %zero = s32[] constant(0)
+        %near = f32[10,8]{1,0:S(1)} slice(%a), slice={[0:10], [0:8]}
+        %row = f32[1,8]{1,0:S(1)} slice(%near), slice={[0:1], [0:8]}
+        %update = f32[100,8]{1,0} dynamic-update-slice(%a, %row, %at, %zero)
+        """
+    )
+    assert moved_bytes(module, program) == 4 * 10 * 8 + 0 + 4 * 8
+
+
 KERNEL = """
 %q = bf16[3,4,1024,128]{{3,2,1,0}} parameter(0)
 %t = s8[1,4,4]{{2,1,0}} parameter(1)
@@ -221,7 +235,8 @@ def test_splash_attention_is_counted_by_its_blocks(name, products, width, blocks
 
 def test_other_kernels_say_what_they_cost_or_are_named():
     estimate = '"cost_estimate":{"transcendentals":"5","flops":"123","bytes_accessed":"9"}'
-    assert kernel_flops(entry(KERNEL.format(name="mine", width=4, config=estimate))[1])[0] == 123
+    module, program = entry(KERNEL.format(name="mine", width=4, config=estimate))
+    assert kernel_flops(program) == (123, ()) and moved_bytes(module, program) == 9
     text = KERNEL.format(name="mine", width=4, config="")
     assert kernel_flops(entry(text)[1]) == (0.0, ("kernel.mine",))
 

@@ -1,5 +1,6 @@
 """What a compiled program holds in a device's memory and moves in and out of it, from its text."""
 
+import re
 from collections.abc import Iterable, Sequence
 
 from flowrl_jax.planning.hlo import Computation, Executed, Instruction, Module, Shape
@@ -8,6 +9,7 @@ from flowrl_jax.planning.hlo import Computation, Executed, Instruction, Module, 
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"}
 _FREE |= {"call", "after-all", "partition-id", "replica-id", "opt-barrier", "async-start"}
 _READERS = ("dynamic-slice", "slice", "gather")
+_COST = re.compile(r'"cost_estimate":\{[^{}]*?"?bytes_accessed"?:"?(\d+)')
 
 
 def held(program: Iterable[Executed]) -> set[Shape]:
@@ -52,7 +54,8 @@ def moved_bytes(module: Module, program: Iterable[Executed]) -> float:
     """Bytes that a device reads from its large memory and writes to it while a program runs.
 
     Every instruction is taken to read each operand and to write its result once. Of an array that
-    is only sliced, or updated in place, the slice counts.
+    is only sliced, or updated in place, the slice counts; a Pallas kernel's own estimate counts
+    where it has one.
 
     Args:
         module: the program is of.
@@ -75,15 +78,20 @@ def _written(shape: Shape) -> str:
 
 def _moved(module: Module, computation: Computation, instruction: Instruction) -> float:
     operands = computation.operands(instruction)
+    if instruction.opcode == "custom-call":
+        estimate = _COST.search(instruction.attributes)
+        if estimate:
+            return float(estimate[1])
     if instruction.opcode == "fusion":
         inner = module.computations[instruction.called("calls")[0]]
         taken = zip(inner.parameters, operands, strict=False)
         read = sum(_read(inner, parameter, operand) for parameter, operand in taken)
         return read + _fusion_writes(inner, instruction)
+    # What moves lies in large memory on one side alone where the other is near the processor.
     if instruction.opcode == "dynamic-update-slice":
-        return 2 * _large(operands[1])
+        return _large(operands[1]) + (operands[1].bytes if _large(instruction) else 0.0)
     if instruction.opcode in _READERS:
-        return 2 * _large(instruction)
+        return _large(instruction) + (instruction.bytes if _large(operands[0]) else 0.0)
     written = instruction.shapes[:1] if instruction.opcode == "copy-start" else instruction.shapes
     return sum(map(_large, operands)) + sum(s.bytes for s in written if s.space == 0)
 
