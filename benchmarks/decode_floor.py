@@ -2,14 +2,14 @@
 
 The floor is the larger of two: the operations of the step's matrix products at the speed of a large
 matrix product, and the bytes of the weights and of the cache's live columns, each read once, at
-the speed at which a large array is read. Both speeds are measured here, before and after.
+the speed at which a large array is read. Both speeds are measured here, before and after, by the
+clock and by CPU time, which other work on the machine disturbs less.
 
 python -m benchmarks.decode_floor [--model=25m] [--batches=1,8,64,256] [--json=FILE]
 """
 
 import argparse
 import dataclasses
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks.common import MODELS, Work, machine, write_report
 from benchmarks.ours import make_learner, make_rollout
@@ -33,36 +34,41 @@ ARRAY = 2**26  # floats: 256 MiB, more than any cache holds
 
 @dataclasses.dataclass(frozen=True)
 class Speeds:
-    """What this machine does at best.
+    """What this machine does at best: in a second, and in a second of CPU time.
 
     Attributes:
-        flops: operations of a matrix product a second, in float32.
-        bandwidth: bytes of memory read a second.
+        flops: operations of a matrix product, in float32.
+        bandwidth: bytes of memory read.
     """
 
-    flops: float
-    bandwidth: float
+    flops: Any
+    bandwidth: Any
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    """Of one run."""
-    began = time.perf_counter()
+def clocks() -> np.ndarray:
+    """`[2]`: seconds, and this process' seconds of CPU time."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def seconds(run: Callable[[], Any]) -> np.ndarray:
+    """Of one run, by both clocks."""
+    began = clocks()
     jax.block_until_ready(run())
-    return time.perf_counter() - began
+    return clocks() - began
 
 
 def measure_speeds(repeats: int = 5) -> Speeds:
     """The best of some runs each, after one to compile."""
     product, total = jax.jit(jnp.matmul), jax.jit(jnp.sum)
     matrix, array = jnp.ones((MATRIX, MATRIX)), jnp.ones(ARRAY)
-    best = lambda run: min([seconds(run) for _ in range(repeats + 1)][1:])  # noqa: E731
+    best = lambda run: np.min([seconds(run) for _ in range(repeats + 1)][1:], axis=0)  # noqa: E731
     return Speeds(
         flops=2 * MATRIX**3 / best(lambda: product(matrix, matrix)),
         bandwidth=array.nbytes / best(lambda: total(array)),
     )
 
 
-def floor(config: TransformerConfig, rows: int, columns: float, speeds: Speeds) -> float:
+def floor(config: TransformerConfig, rows: int, columns: float, speeds: Speeds) -> Any:
     """Seconds that a step cannot fall below.
 
     Args:
@@ -75,10 +81,10 @@ def floor(config: TransformerConfig, rows: int, columns: float, speeds: Speeds) 
     queries = config.num_layers * config.num_heads * config.head_dim
     flops = 2 * rows * (config.num_parameters + 2 * queries * columns)
     moved = jnp.dtype(config.dtype).itemsize * (config.num_parameters + 2 * rows * keys * columns)
-    return max(flops / speeds.flops, moved / speeds.bandwidth)
+    return np.maximum(flops / speeds.flops, moved / speeds.bandwidth)
 
 
-def step_seconds(work: Work, learner: Learner, policy: Any, repeats: int) -> float:
+def step_seconds(work: Work, learner: Learner, policy: Any, repeats: int) -> np.ndarray:
     """Median time of a step: that of long rollouts less that of short ones, by their steps."""
     rollouts = [
         make_rollout(dataclasses.replace(work, response_length=length), learner)
@@ -89,7 +95,7 @@ def step_seconds(work: Work, learner: Learner, policy: Any, repeats: int) -> flo
         jax.block_until_ready(run(0))
     pairs = [[seconds(lambda run=run: run(number)) for run in runs] for number in range(repeats)]  # noqa: B023
     differences = [long - short for short, long in pairs]
-    return statistics.median(differences) / (work.response_length - FIRST)
+    return np.median(differences, axis=0) / (work.response_length - FIRST)
 
 
 def measure(work: Work, batches: Sequence[int], steps: int, repeats: int) -> list[dict[str, float]]:
@@ -107,19 +113,22 @@ def measure(work: Work, batches: Sequence[int], steps: int, repeats: int) -> lis
     for rows in batches:
         timed = steps or min(max(2048 // rows, 32), 256)
         here = dataclasses.replace(work, prompts=rows, group=1, response_length=FIRST + timed)
-        before = measure_speeds()
+        speeds = [measure_speeds()]
         taken = step_seconds(here, learner, policy, repeats)
-        after = measure_speeds()
-        speeds = Speeds(max(before.flops, after.flops), max(before.bandwidth, after.bandwidth))
+        speeds.append(measure_speeds())
+        flops = np.max([speed.flops for speed in speeds], axis=0)
+        bandwidth = np.max([speed.bandwidth for speed in speeds], axis=0)
         columns = work.prompt_length + FIRST + timed / 2
-        least = floor(learner.model.config, rows, columns, speeds)
+        least = floor(learner.model.config, rows, columns, Speeds(flops, bandwidth))
         found.append(
             {
                 "rows": rows,
-                "seconds": taken,
-                "floor": least,
-                "ratio": taken / least,
-                **dataclasses.asdict(speeds),
+                "seconds": taken[0],
+                "floor": least[0],
+                "ratio": taken[0] / least[0],
+                "cpu_ratio": taken[1] / least[1],
+                "flops": flops[0],
+                "bandwidth": bandwidth[0],
             }
         )
     return found
@@ -138,11 +147,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     work = Work(**MODELS[values.model], prompt_length=values.prompt_length)
     batches = [int(rows) for rows in values.batches.split(",")]
     found = measure(work, batches, values.steps, values.repeats)
-    print(f"{'rows':>6}{'ms/step':>10}{'floor ms':>10}{'ratio':>8}{'GFLOP/s':>10}{'GB/s':>8}")
+    columns = ("rows", "ms/step", "floor ms", "ratio", "by CPU", "GFLOP/s", "GB/s")
+    print("".join(f"{column:>10}" for column in columns))
     for row in found:
         print(
-            f"{row['rows']:6}{1e3 * row['seconds']:10.3f}{1e3 * row['floor']:10.3f}"
-            f"{row['ratio']:8.2f}{row['flops'] / 1e9:10.1f}{row['bandwidth'] / 1e9:8.1f}"
+            f"{row['rows']:10}{1e3 * row['seconds']:10.3f}{1e3 * row['floor']:10.3f}"
+            f"{row['ratio']:10.2f}{row['cpu_ratio']:10.2f}"
+            f"{row['flops'] / 1e9:10.1f}{row['bandwidth'] / 1e9:10.1f}"
         )
     print(f"wanted: ratios of at most {AT_MOST}")
     report = {"benchmark": "decode_floor", "model": values.model, "steps": found}

@@ -155,7 +155,7 @@ def test_a_peer_that_is_not_there_is_refused(capsys):
 @pytest.mark.slow
 def test_a_groups_prompt_is_read_once(tmp_path, capsys):
     path = tmp_path / "out.json"
-    assert prefill.main(["--prompts=1", "--group=8", "--prompt-length=64", f"--json={path}"]) == 0
+    assert prefill.main(["--prompts=8", "--group=8", "--prompt-length=64", f"--json={path}"]) == 0
     assert json.loads(path.read_text())["ratio"] < 1 / 6
     assert "wanted at most 0.167" in capsys.readouterr().out
 
