@@ -163,10 +163,10 @@ def test_a_groups_prompt_is_read_once(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_step_of_decoding_has_a_floor(tmp_path, capsys):
     path = tmp_path / "out.json"
-    flags = ["--model=260k", "--batches=2", "--repeats=1", "--steps=8", f"--json={path}"]
+    flags = ["--model=260k", "--batches=8", "--repeats=1", "--steps=8", f"--json={path}"]
     assert decode_floor.main(flags) == 0
     (step,) = json.loads(path.read_text())["steps"]
-    assert step["rows"] == 2 and 0 < step["floor"] < 1
+    assert step["rows"] == 8 and 0 < step["floor"] < 1
     assert 1e9 < step["flops"] < 1e14 and 1e8 < step["bandwidth"] < 1e13
     assert "wanted" in capsys.readouterr().out
 
