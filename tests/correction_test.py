@@ -339,6 +339,7 @@ def test_a_rollout_brings_its_weights_along(kind):
         prompt_mask=batch.prompt_mask,
         response_mask=batch.response_mask,
         sampler_logprobs=sampler,
+        policy_logprobs=sampler,
         truncated=np.zeros(8, bool),
     )
     found, metrics = make_learning_batch(learner)(

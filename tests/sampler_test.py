@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flowrl_jax.models.transformer import Transformer, init_params
-from flowrl_jax.sampler import SamplerConfig, generate, programs, rollout_key
+from flowrl_jax.sampler import SamplerConfig, StopTable, generate, programs, rollout_key
 from flowrl_jax.sharding import Layout, MeshConfig, make_mesh, sampling_layout
 from tests.tiny import (
     MESH_CONFIG,
@@ -38,13 +38,18 @@ def prompts():
     return prompt_batch([3, 6, 1, 5], GROUP, PROMPT, CONFIG.vocab_size)
 
 
-def sample(batch=None, key=KEY, params=None, **changes):
+def sample(
+    batch=None, key=KEY, params=None, max_lengths=None, finished=None, stops=None, **changes
+):
     return generate(
         tiny_params(CONFIG) if params is None else params,
         prompts() if batch is None else batch,
         key,
         model=MODEL,
         config=dataclasses.replace(SETTINGS, **changes),
+        max_lengths=max_lengths,
+        finished=finished,
+        stops=stops,
     )
 
 
@@ -280,6 +285,95 @@ def test_the_loop_ends_with_the_last_row(count_draws):
     assert 1 < len(draws) == rollout.response_mask.sum(1).max() < 20
 
 
+LIMITS = np.array([10, 3, 1, 7, 7, 10, 2, 5, 9, 10, 1, 4])
+
+
+@pytest.mark.parametrize(
+    "changes", [{"slots": 1, "first_columns": 3}, {"slots": 5}, {"slots": 4, "segment": 2}], ids=str
+)
+def test_rows_that_take_the_slots_of_others_are_the_same(changes):
+    """One at a time, some at a time, with a look of the host at every second token."""
+    together = sample(max_lengths=LIMITS)
+    assert (together.response_mask.sum(1) <= LIMITS).all()
+    ended = {}
+    rollout = sample(max_lengths=LIMITS, finished=ended.__setitem__, **changes)
+    assert_same(together, rollout)
+    assert sorted(ended) == list(range(12))
+    for row, response in ended.items():
+        n = int(rollout.response_mask[row].sum())
+        np.testing.assert_array_equal(response.tokens, responses(rollout)[row, :n])
+        np.testing.assert_array_equal(response.logprobs, rollout.sampler_logprobs[row, :n])
+        np.testing.assert_array_equal(response.policy_logprobs, rollout.policy_logprobs[row, :n])
+        assert response.truncated == rollout.truncated[row]
+
+
+def test_slots_do_the_work_of_rows_that_go_on(count_draws):
+    """Twelve rows, four at a time, one of them long: no step draws for rows that have ended."""
+    limits = np.where(np.arange(12) == 2, 150, 10)
+    settings = {"eos_ids": (), "max_response_length": 150, "max_lengths": limits}
+    rollout, draws = count_draws(slots=4, **settings)
+    np.testing.assert_array_equal(rollout.response_mask.sum(1), limits)
+    assert len(draws) == 150  # the eleven others pass through three slots meanwhile
+    assert draws[0] == 4 and draws[-1] == 1  # slots: fewer when nobody waits
+    assert_same(sample(**settings), rollout)
+
+
+def test_log_probabilities_of_the_policy_itself(rollout):
+    cut = sample(top_k=4, temperature=0.5)
+    for one in (rollout, cut):
+        wanted = np.take_along_axis(teacher_forced(one, 1.0), responses(one)[..., None], 2)[..., 0]
+        mask = np.asarray(one.response_mask)
+        found = np.asarray(one.policy_logprobs)
+        np.testing.assert_allclose(found[mask], wanted[mask], **ROUNDING)
+        assert not found[~mask].any()
+        assert np.abs(found - one.sampler_logprobs)[mask].max() > 0.01
+
+
+def test_a_kernel_of_tpus_draws_the_same(rollout):
+    """Interpreted; the cache is one size for all lengths, a multiple of what the kernel reads."""
+    config = dataclasses.replace(CONFIG, decode_kernel="pallas")
+    settings = dataclasses.replace(SETTINGS, slots=6)
+    params = tiny_params(CONFIG)
+    other = generate(params, prompts(), KEY, model=Transformer(config), config=settings)
+    assert_same(rollout, other)
+
+
+@pytest.mark.parametrize(("cache", "within"), [("bfloat16", 0.03), ("int8", 0.03)])
+def test_small_caches_round_a_little(cache, within):
+    """Keys and values lose all but 8 bits: log-probabilities move in the second digit."""
+    small = sample(cache=cache)
+    wanted = np.take_along_axis(teacher_forced(small, 0.8), responses(small)[..., None], 2)[..., 0]
+    mask = np.asarray(small.response_mask)
+    difference = np.abs(np.asarray(small.sampler_logprobs) - wanted)[mask]
+    assert 1e-5 < difference.max() < within
+
+
+def test_stop_strings_end_a_response():
+    """Letters for tokens: a row ends where its text has said one of the strings."""
+
+    class Letters:
+        def decode(self, ids):
+            return "".join(chr(ord("a") + i) for i in ids)
+
+        def boundaries(self):
+            return lambda i: True
+
+    free = sample(eos_ids=(), max_response_length=30)
+    texts = [Letters().decode(ids) for ids in responses(free)]
+    stop = (texts[0][3:5], texts[4][7:10])
+    stopped = sample(
+        eos_ids=(), max_response_length=30, slots=5,
+        stops=StopTable.build(Letters(), stop, CONFIG.drawable),
+    )  # fmt: skip
+    mask = np.asarray(stopped.response_mask)
+    ends = [min(text.find(s) + len(s) if s in text else 30 for s in stop) for text in texts]
+    said = [any(s in text for s in stop) for text in texts]
+    assert sum(said) > 1 and min(ends) < 6
+    np.testing.assert_array_equal(mask.sum(1), ends)
+    np.testing.assert_array_equal(stopped.truncated, ~np.array(said))
+    np.testing.assert_array_equal(responses(stopped)[mask], responses(free)[mask])
+
+
 @pytest.mark.parametrize("length", [1, 6])
 def test_lengths_around_a_segment(length, rollout):
     """The first tokens are those of a longer response; one token needs no cache at all."""
@@ -304,8 +398,9 @@ def test_mesh_does_not_matter(shape):
     model = Transformer(MESH_CONFIG)
     params = tiny_params(MESH_CONFIG)
     batch = prompt_batch([3, 6, 1, 5], 4, PROMPT, MESH_CONFIG.vocab_size)
-    config = dataclasses.replace(SETTINGS, group_size=4, max_response_length=6)
-    alone = generate(params, batch, KEY, model=model, config=config)
+    config = dataclasses.replace(SETTINGS, group_size=4, max_response_length=6, slots=8)
+    static = dataclasses.replace(config, slots=0)
+    alone = generate(params, batch, KEY, model=model, config=static)
     layout = Layout(make_mesh(MeshConfig(data=1, fsdp=shape[0], tensor=shape[1])))
     boxed = jax.eval_shape(lambda: init_params(MESH_CONFIG, jax.random.key(0)))
     placed = jax.device_put(params, layout.tree_shardings(boxed))
@@ -328,13 +423,20 @@ def test_mesh_does_not_matter(shape):
 @pytest.mark.parametrize(
     "changes",
     [{"max_response_length": 0}, {"group_size": 0}, {"first_columns": 0}, {"temperature": -1.0},
-     {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}],
+     {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"min_p": 1.5}, {"slots": -1},
+     {"cache": "int4"}, {"segment": 0}],
     ids=str,
 )  # fmt: skip
 def test_wrong_settings_are_named(changes):
     (field,) = changes
     with pytest.raises(ValueError, match=f"sampler.{field}"):
         dataclasses.replace(SETTINGS, **changes)
+
+
+@pytest.mark.parametrize("limits", [np.ones(3), np.zeros(12), np.full(12, LENGTH + 1)], ids=len)
+def test_limits_must_fit(limits):
+    with pytest.raises(ValueError, match="max_lengths"):
+        sample(max_lengths=limits)
 
 
 def test_rows_must_fill_their_groups():

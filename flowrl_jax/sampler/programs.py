@@ -165,7 +165,8 @@ class Programs:
         caches = (cache,) * self.shape.num_layers
         fixed = Rows(key=rows, limit=rows)
         names = ("token", "length", "drawn", "active", "stopped", "search")
-        row = Row(**dict.fromkeys(names, rows), fixed=fixed)
+        each: dict[str, Any] = dict.fromkeys(names, rows)
+        row = Row(**each, fixed=fixed)
         return {
             Rows: fixed,
             Prompts: Prompts(caches=caches, token=rows, length=rows),
