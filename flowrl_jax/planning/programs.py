@@ -306,7 +306,7 @@ class _Sampler:
         self.prompts = schedule.chunk_prompts * shards
         self.chunks = -(-rows // (rollout.group_size * self.prompts))
         self._columns = self._programs.column_sizes(
-            max(self._width - 1, 1), rollout.max_response_length, waiting=self.slots < rows
+            self._width, rollout.max_response_length, waiting=self.slots < rows
         )[-1]
 
     def _array(self, *shape: int, dtype: Any = jnp.int32, layout: Layout | None = None) -> Any:

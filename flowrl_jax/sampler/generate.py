@@ -209,9 +209,11 @@ class _Engine:
             limits,
             shrink=platform == "cpu",
         )
-        self.width = max(prompts.tokens.shape[1] - 1, 1)
+        self.width = prompts.tokens.shape[1]
         waiting = self.schedule.slots * programs.shards < len(limits)
-        self.columns = programs.column_sizes(self.width, int(limits.max()), waiting=waiting)
+        self.columns = programs.column_sizes(
+            self.width, config.max_response_length, waiting=waiting
+        )
         self.column = self.width
         self.read: dict[int, Any] = {}  # prompts, by their chunk
         self.rows = programs.rows(key, prompts, self._put(limits))

@@ -34,7 +34,7 @@ class Prompts:
     """Prompts that have been read, W of them, all but their last tokens.
 
     Attributes:
-        caches: `[W, K, P - 1, H]` of each layer; columns of padding first.
+        caches: `[W, K, P, H]` of each layer; columns of padding first, one at least.
         token: `[W]` int32, the last tokens.
         length: `[W]` int32, columns that are no padding.
     """
@@ -215,9 +215,9 @@ class Programs:
 
         tokens, mask = choose(prompts.tokens), choose(prompts.mask)
         last = tokens[:, -1]
-        # A prompt of one token has nothing before it; one column of padding keeps arrays whole.
-        wide = ((0, 0), (max(2 - tokens.shape[1], 0), 0))
-        tokens, mask = jnp.pad(tokens, wide)[:, :-1], jnp.pad(mask, wide)[:, :-1]
+        # A column of padding for the last token: chips want sizes that are multiples of theirs.
+        shift = lambda x: jnp.pad(x, ((0, 0), (1, 0)))[:, :-1]  # noqa: E731
+        tokens, mask = shift(tokens), shift(mask)
         kept = read_prompts(params, self.shape, tokens, positions_from_mask(mask), mask)
         dtype = self.config.cache_dtype(self.shape.dtype)
         caches = tuple(make_cache(key, value, dtype) for key, value in kept)
