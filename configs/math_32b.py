@@ -31,6 +31,6 @@ def get_config(preset: str = "flowrl_paper") -> ml_collections.ConfigDict:
     """
     config = math_7b.get_config(preset)
     config.model.path = "models/Qwen2.5-32B"
-    config.rollout.prompts_per_batch = 8  # 64 responses hold 160 GiB of keys and values
+    config.rollout.slots = 64  # responses; they hold 160 GiB of keys and values
     config.eval.prompts_per_batch = 4
     return config

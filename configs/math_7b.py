@@ -69,7 +69,7 @@ def get_config(preset: str = "flowrl_paper") -> ml_collections.ConfigDict:
         max_response_length=8192,
         long_prompts="truncate",  # as released: the last tokens stay
         temperature=1.0,
-        prompts_per_batch=16,  # 128 responses hold 70 GiB of keys and values in bfloat16
+        slots=128,  # responses; they hold 70 GiB of keys and values in bfloat16
         tensor=-1,  # cut over its 4 key heads: weights stay put while tokens are drawn
         old_logprobs="trainer",
     )

@@ -133,11 +133,8 @@ def test_memory_figures_of_the_docstrings(module):
     assert round(shape.num_parameters / 1e9, 1) == (32.8 if module is math_32b else 7.6)
     config = parse_config(module.get_config())
     tokens = config.rollout.max_prompt_length + config.rollout.max_response_length
-    for prompts, samples in (
-        (config.rollout.prompts_per_batch, config.rollout.group_size),
-        (config.eval.prompts_per_batch, config.eval.samples),
-    ):
-        cache = prompts * samples * tokens * 2 * layers * kv_heads * head_dim * 2 / 2**30
+    for rows in (config.rollout.slots, config.eval.prompts_per_batch * config.eval.samples):
+        cache = rows * tokens * 2 * layers * kv_heads * head_dim * 2 / 2**30
         assert cache == (160 if module is math_32b else 70)
 
 

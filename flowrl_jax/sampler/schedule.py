@@ -213,7 +213,7 @@ def column_sizes(
         multiple: that the numbers are rounded up to.
     """
     # Caches are moved once in so many tokens: little beside reading them at each.
-    largest = limit + max(limit // 8, min(limit, 64)) * waiting
+    largest = limit + max(limit // 16, min(limit, 64)) * waiting
     sizes, size = [], min(first, largest)
     while grow and size < largest:
         sizes.append(width + size)
