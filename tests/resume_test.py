@@ -63,10 +63,10 @@ def at_step(monkeypatch, step, action):
     """Does something when a run is about to sample for a step."""
     plain = Loop.collect
 
-    def collect(self, params, now, position):
+    def collect(self, policy, now, *others, **named):
         if now == step:
             action()
-        return plain(self, params, now, position)
+        return plain(self, policy, now, *others, **named)
 
     monkeypatch.setattr(Loop, "collect", collect)
 

@@ -20,6 +20,7 @@ from flowrl_jax.evaluate import evaluate
 from flowrl_jax.metrics import read_metrics
 from flowrl_jax.sft import sft
 from flowrl_jax.train import train
+from tests.tiny_runs import warmup
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,6 +69,30 @@ def test_a_run_writes_its_metrics_and_compiles_nothing_late(data_dir, tmp_path, 
     assert all(line["train/skipped_steps"] == 0 for line in lines)
     assert lines[-1]["time/compilations"] == lines[1]["time/compilations"]
     assert lines[-1]["data/position"] == 4 * config.rollout.prompts_per_step
+
+
+def test_sampling_one_step_ahead(data_dir, tmp_path):
+    """The second rollout is of the policy that the first one is; the weights know it."""
+    runs = {}
+    for ahead in (False, True):
+        config = tiny(
+            data_dir, steps=3, checkpoint={"every": 0}, eval={"every": 0},
+            rollout={"ahead": ahead}, optimizer={"learning_rate": 1e-2, "warmup_steps": 0},
+            model={"start_from": str(warmup())},
+        )  # fmt: skip
+        train(config, tmp_path / f"{ahead}")
+        runs[ahead] = deterministic(tmp_path / f"{ahead}")
+        timed = read_metrics(tmp_path / f"{ahead}")[-1]
+        assert timed["time/judging_waited"] >= 0 and timed["time/judging"] > 0
+    plain, ahead = runs[False], runs[True]
+    assert [line["rollout/age"] for line in plain] == [0, 0, 0]
+    assert [line["rollout/age"] for line in ahead] == [0, 1, 1]
+    assert plain[0] == ahead[0]
+    for step in (1, 2):
+        moved = "train/old_logprob_diff_max"  # by the policy that is about to learn
+        assert plain[step][moved] < 1e-4 < 1e-3 < ahead[step][moved]
+        # Old log-probabilities are of the policy that sampled, whenever it did.
+        assert ahead[step]["rollout/sampler_logprob_diff_max"] < 1e-4
 
 
 def _rebuild(loss, values):
