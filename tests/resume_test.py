@@ -190,7 +190,8 @@ def test_a_fresh_process_compiles_little(whole):
     """Peers compile 88 programs for a run; every program here is one that we wrote."""
     records = [r for r in read_metrics(whole / "run") if "time/compilations" in r]
     assert [record["step"] for record in records] == list(range(1, 41))
-    assert records[-1]["time/compilations"] <= 12
+    # Nine of them sample, and evaluation has most of these in sizes of its own.
+    assert records[-1]["time/compilations"] <= 20
 
 
 def test_killed_at_random(whole, tmp_path):
