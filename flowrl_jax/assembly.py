@@ -78,11 +78,8 @@ class Parts:
         Raises:
             InputError: a setting is out of range.
         """
-        try:
-            settings = {**sampler_settings(self.config.rollout), **changes}
-            return SamplerConfig(eos_ids=self.eos_ids, pad_id=self.tokenizer.pad_id, **settings)
-        except ValueError as error:
-            raise InputError(str(error)) from error
+        ends = {"eos_ids": self.eos_ids, "pad_id": self.tokenizer.pad_id}
+        return make_sampler(self.config.rollout, **(ends | changes))
 
     def round_up_prompts(self, prompts: int, samples: int) -> int:
         """The least number of prompts from `prompts` on whose samples divide over the devices."""
@@ -91,18 +88,22 @@ class Parts:
         return -(-prompts // unit) * unit
 
 
-def sampler_settings(rollout: RolloutConfig) -> dict[str, Any]:
-    """Fields of `SamplerConfig` that a config has; the tokenizer has the others."""
-    return {
-        "max_response_length": rollout.max_response_length,
-        "group_size": rollout.group_size,
-        "temperature": rollout.temperature,
-        "top_k": rollout.top_k,
-        "top_p": rollout.top_p,
-        "min_p": rollout.min_p,
-        "slots": rollout.slots,
-        "cache": rollout.cache,
-    }
+def make_sampler(rollout: RolloutConfig, **settings: Any) -> SamplerConfig:
+    """The sampler's settings.
+
+    Args:
+        rollout: the config's section.
+        settings: what it does not say, or is to be otherwise.
+
+    Raises:
+        InputError: a setting is out of range.
+    """
+    names = ("max_response_length", "group_size", "temperature", "top_k", "top_p", "min_p")
+    given = {name: getattr(rollout, name) for name in (*names, "slots", "cache")}
+    try:
+        return SamplerConfig(**(given | settings))
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def claim_workdir(workdir: Path, *, resume: bool = False) -> None:

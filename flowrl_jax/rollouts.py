@@ -190,6 +190,7 @@ def sample(
     for start in range(0, rows, size):
         piece = {name: x[start : start + size] for name, x in arrays.items()}
         batch = PromptBatch(**parts.layout.put_batch(piece))
+        count = len(piece["tokens"])
         pieces.append(
             generate(
                 params,
@@ -201,7 +202,7 @@ def sample(
                 sampling_layout=parts.sampling_layout,
                 stops=parts.stops,
                 max_lengths=max_lengths,
-                finished=finished and _on_this_host(finished, share.index * size, start, size),
+                finished=finished and _on_this_host(finished, share.index * count, start, count),
             )
         )
     if len(pieces) == 1:
@@ -209,11 +210,11 @@ def sample(
     return _concatenate(pieces, parts.layout.batch)
 
 
-def _on_this_host(finished: Finished, first: int, start: int, size: int) -> Finished:
+def _on_this_host(finished: Finished, first: int, start: int, count: int) -> Finished:
     """Of all hosts' rows, those from `first` on: this host calls them from `start` on."""
 
     def own(place: int, response: Response) -> None:
-        if first <= place < first + size:
+        if first <= place < first + count:
             finished(start + place - first, response)
 
     return own

@@ -145,7 +145,9 @@ def generate_lines(
     size = parts.round_up_prompts(min(parts.config.eval.prompts_per_batch, len(prompts)), count)
     config = dataclasses.replace(config, slots=config.slots or size * count)
     key = rollout_key(parts.config.seed, SAMPLE_STREAM)
-    batch = min(-(-len(prompts) // size), _BATCHES) * size
+    # Equal batches, so that the last one is filled up with little.
+    batches = -(-(len(prompts) - done) // (_BATCHES * size))
+    batch = -(-(len(prompts) - done) // (batches * size)) * size
     for start in range(done, len(prompts), batch):
         places = list(range(start, min(start + batch, len(prompts))))
         # The last batch is filled up with rows that end at once: the same programs serve it.

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flowrl_jax.assembly import layout_of, sampler_settings
+from flowrl_jax.assembly import layout_of, make_sampler
 from flowrl_jax.buckets import check_buckets
 from flowrl_jax.config import Config
 from flowrl_jax.distributed import row_share
@@ -24,7 +24,6 @@ from flowrl_jax.objectives.correction import PER_TOKEN
 from flowrl_jax.optimizer import OptimizerConfig, make_optimizer
 from flowrl_jax.planning.shapes import planned_shape
 from flowrl_jax.rollouts import check_rollouts
-from flowrl_jax.sampler import SamplerConfig
 from flowrl_jax.sampler.programs import Programs, Rows, Slots
 from flowrl_jax.sampler.schedule import Schedule
 from flowrl_jax.sharding import Layout, make_mesh, sampling_layout
@@ -297,7 +296,7 @@ class _Sampler:
         rollout = config.rollout
         self._learner, self._within, self._rows = learner, within, rows
         self._width = rollout.max_prompt_length
-        settings = SamplerConfig(eos_ids=(), **sampler_settings(rollout))
+        settings = make_sampler(rollout, eos_ids=())
         self._programs = Programs(learner.model.config, settings, learner.layout, within)
         limits = np.full(rows, rollout.max_response_length)
         shards = self._programs.shards

@@ -145,10 +145,6 @@ class Programs:
         choice = {"grow": False, "multiple": CHUNK} if kernel == "pallas" else {"grow": True}
         return column_sizes(width, self.config.first_columns, limit, waiting=waiting, **choice)
 
-    def cache_sharding(self) -> Any:
-        """How caches are cut."""
-        return self.within and self.within.sharding("batch", "kv_heads", None, "head_dim")
-
     def shardings(self, kind: type) -> Any:
         """Of `Prompts`, `Rows` or `Slots`; None without a layout.
 
@@ -161,7 +157,8 @@ class Programs:
         one: Any = self.within.replicated
         scale = self.within.sharding("batch", "kv_heads", None)
         eight = self.config.cache_dtype(self.shape.dtype) == jnp.int8
-        cache = KVCache(*[self.cache_sharding()] * 2, *[scale if eight else None] * 2)
+        entries = self.within.sharding("batch", "kv_heads", None, "head_dim")
+        cache = KVCache(*[entries] * 2, *[scale if eight else None] * 2)
         caches = (cache,) * self.shape.num_layers
         fixed = Rows(key=rows, limit=rows)
         names = ("token", "length", "drawn", "active", "stopped", "search")
