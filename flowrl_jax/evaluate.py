@@ -28,10 +28,11 @@ from flowrl_jax.distributed import define_flags, join, row_share
 from flowrl_jax.errors import InputError
 from flowrl_jax.evaluation import Summary, prompt_values, summarize
 from flowrl_jax.graded import samples_from_records, write_records
+from flowrl_jax.grading import Grading
 from flowrl_jax.new_folder import in_first_process
 from flowrl_jax.progress import Progress
 from flowrl_jax.report import render_table
-from flowrl_jax.rollouts import check_prompts, encode_rows, responses, sample
+from flowrl_jax.rollouts import check_prompts, encode_rows, sample
 from flowrl_jax.sampler import rollout_key
 from flowrl_jax.sampling_config import EvalConfig
 from flowrl_jax.sharding import local_rows
@@ -108,19 +109,20 @@ class Evaluator:
         parts, count = self._parts, self._config.samples
         arrays, _ = encode_rows(parts, rows, count)
         key = rollout_key(parts.config.seed, EVAL_STREAM)
-        rollout = sample(parts, policy, arrays, key, self._sampler)
+        grading = Grading(parts, rows, count)
+        rollout = sample(parts, policy, arrays, key, self._sampler, finished=grading)
         scored = (rollout.tokens, rollout.prompt_mask, rollout.response_mask)
-        texts = responses(parts, rollout)
-        kl = np.zeros(len(texts))
+        kl = np.zeros(len(rows) * count)
         if reference is not None:
             logprobs = [local_rows(self._score(params, *scored)) for params in (policy, reference)]
             kl = (logprobs[0] - logprobs[1]).sum(axis=1)
         lengths = local_rows(rollout.response_mask).sum(axis=1)
         truncated = local_rows(rollout.truncated)
+        verdicts, texts = grading.verdicts(), grading.texts()
         records = []
         for i, row in enumerate(rows):
             mine = slice(i * count, (i + 1) * count)
-            forms = [parts.task.canonical(text, row) for text in texts[mine]]
+            forms = [verdict.form for verdict in verdicts[mine]]
             records.append(
                 {
                     "prompt_id": row["prompt_id"],
@@ -128,6 +130,8 @@ class Evaluator:
                     "responses": texts[mine],
                     "correct": [form is not None for form in forms],
                     "form": forms,
+                    "reward": [verdict.reward for verdict in verdicts[mine]],
+                    "outcome": [verdict.outcome for verdict in verdicts[mine]],
                     "length": lengths[mine].tolist(),
                     "truncated": truncated[mine].tolist(),
                     "kl": kl[mine].tolist(),

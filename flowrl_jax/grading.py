@@ -1,6 +1,7 @@
 """Judging responses on the host while the device generates others."""
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -10,13 +11,13 @@ from flowrl_jax.assembly import Parts
 from flowrl_jax.errors import InputError
 from flowrl_jax.rollouts import response_text
 from flowrl_jax.sampler import Response
-from flowrl_jax.tasks import Row
+from flowrl_jax.tasks import Row, Verdict
 
 
 class Grading:
-    """The rewards of a rollout, which become known one by one.
+    """The verdicts on a rollout, which become known one by one.
 
-    A task's `grade` runs in a thread beside the one that feeds the device: Python code gives way to
+    A task's `judge` runs in threads beside the one that feeds the device: Python code gives way to
     the device's dispatch, and whatever waits for a process or the network waits at no cost.
 
     Args:
@@ -27,9 +28,10 @@ class Grading:
 
     def __init__(self, parts: Parts, rows: Sequence[Row], group_size: int):
         self._parts, self._rows, self._group_size = parts, rows, group_size
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="grading")
-        self._found: dict[int, Future[float]] = {}
-        self._seconds = self._waited = 0.0
+        self._pool = ThreadPoolExecutor(parts.task.parallel, thread_name_prefix="grading")
+        self._found: dict[int, Future[tuple[Verdict, float]]] = {}
+        self._texts: dict[int, str] = {}
+        self._waited = 0.0
 
     def __call__(self, place: int, response: Response) -> None:
         """Judges a response.
@@ -40,22 +42,39 @@ class Grading:
         """
         # Here, not in the other thread: this one uses the tokenizer too.
         text = response_text(self._parts, response.tokens.tolist())
-        self._found[place] = self._pool.submit(self._grade, place, text)
+        self._texts[place] = text
+        self._found[place] = self._pool.submit(self._judge, place, text)
 
-    def _grade(self, place: int, text: str) -> float:
+    def _judge(self, place: int, text: str) -> tuple[Verdict, float]:
         began = time.perf_counter()
         row = self._rows[place // self._group_size]
-        reward = self._parts.task.grade(text, row)
-        self._seconds += time.perf_counter() - began
-        if not np.isfinite(reward):
+        verdict = self._parts.task.judge(text, row)
+        if not np.isfinite(verdict.reward):
             raise InputError(
-                f"task {self._parts.task.name} gave the reward {reward} for a response to prompt"
-                f" {row['prompt_id']}: rewards must be finite; mend the task's grade()"
+                f"task {self._parts.task.name} gave the reward {verdict.reward} for a response to"
+                f" prompt {row['prompt_id']}: rewards must be finite; mend the task's judge()"
             )
-        return reward
+        return verdict, time.perf_counter() - began
+
+    def verdicts(self) -> list[Verdict]:
+        """Waits for the last one.
+
+        Returns:
+            One a response, in the responses' order.
+
+        Raises:
+            InputError: a reward is not a finite number.
+        """
+        began = time.perf_counter()
+        try:
+            found = [self._found[place].result()[0] for place in range(self._count)]
+        finally:
+            self.close()
+        self._waited += time.perf_counter() - began
+        return found
 
     def rewards(self) -> np.ndarray:
-        """Waits for the last one.
+        """The rewards, as `verdicts` waits for them.
 
         Returns:
             `[rows x group_size]` float32.
@@ -63,19 +82,31 @@ class Grading:
         Raises:
             InputError: a reward is not a finite number.
         """
-        began = time.perf_counter()
-        count = len(self._rows) * self._group_size
-        try:
-            found = [self._found[place].result() for place in range(count)]
-        finally:
-            self.close()
-        self._waited = time.perf_counter() - began
-        return np.array(found, np.float32)
+        return np.array([verdict.reward for verdict in self.verdicts()], np.float32)
+
+    def texts(self) -> list[str]:
+        """The responses, in their order."""
+        return [self._texts[place] for place in range(self._count)]
 
     def close(self) -> None:
         """Judges no more; what is being judged comes to its end."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def metrics(self) -> dict[str, float]:
-        """Seconds of judging, and those that nothing else went on in."""
-        return {"time/judging": self._seconds, "time/judging_waited": self._waited}
+        """Of a rollout whose verdicts are known.
+
+        Returns:
+            Seconds of judging, those that nothing else went on in, and the share of this process's
+            responses that had each outcome.
+        """
+        found = [future.result() for future in self._found.values()]
+        outcomes = Counter(verdict.outcome for verdict, _ in found)
+        return {
+            "time/judging": sum(seconds for _, seconds in found),
+            "time/judging_waited": self._waited,
+            **{f"outcome/{name}": n / len(found) for name, n in sorted(outcomes.items())},
+        }
+
+    @property
+    def _count(self) -> int:
+        return len(self._rows) * self._group_size

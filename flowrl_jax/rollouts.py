@@ -227,19 +227,6 @@ def _concatenate(pieces: list[Rollout], sharding: jax.sharding.Sharding) -> Roll
     return jax.tree.map(join, *pieces)
 
 
-def response_ids(rollout: Rollout) -> list[list[int]]:
-    """Token ids of this host's responses, the end-of-sequence token included."""
-    width = rollout.prompt_mask.shape[1]
-    tokens = local_rows(rollout.tokens)[:, width:]
-    lengths = local_rows(rollout.response_mask).sum(axis=1)
-    return [ids[:length].tolist() for ids, length in zip(tokens, lengths, strict=True)]
-
-
-def responses(parts: Parts, rollout: Rollout) -> list[str]:
-    """Texts of this host's responses, the end-of-sequence token left out."""
-    return [response_text(parts, ids) for ids in response_ids(rollout)]
-
-
 def response_text(parts: Parts, ids: Sequence[int]) -> str:
     """The text of a response, the end-of-sequence token left out."""
     kept = ids[:-1] if ids[-1] in parts.eos_ids else ids

@@ -259,18 +259,18 @@ def row_of(*numbers, target):
 )
 def test_grade_of_expressions(response, right):
     task, row = build(reward_correct=2.0, reward_wrong=-1.0), row_of(3, 5, 5, 8, target=24)
-    assert task.grade(response, row) == (2.0 if right else -1.0)
-    assert (task.canonical(response, row) is not None) == right
+    assert task.judge(response, row).reward == (2.0 if right else -1.0)
+    assert (task.judge(response, row).form is not None) == right
 
 
 def test_grade_accepts_exact_rationals_and_nothing_nearly_right():
     task = build()
-    assert task.grade("8/(3-8/3)", row_of(3, 3, 8, 8, target=24)) == 1.0
-    assert task.canonical("8/(3-8/3)", row_of(3, 3, 8, 8, target=24)) == "8/(3-8/3)"
+    assert task.judge("8/(3-8/3)", row_of(3, 3, 8, 8, target=24)).reward == 1.0
+    assert task.judge("8/(3-8/3)", row_of(3, 3, 8, 8, target=24)).form == "8/(3-8/3)"
     # 10**8/3*3 in floating point would also round to the target below.
     big = row_of(99999999, 3, 3, 1, target=99999999)
-    assert task.grade("99999999/3*3*1", big) == 1.0
-    assert task.grade("99999999/3*3+1-1", big) == 0.0
+    assert task.judge("99999999/3*3*1", big).reward == 1.0
+    assert task.judge("99999999/3*3+1-1", big).reward == 0.0
 
 
 def test_limits_of_the_parser():
@@ -301,11 +301,11 @@ def test_garbage_is_wrong_and_never_raises(style):
             base = good[i % 2]
             cut = int(rng.integers(len(base) + 1))
             text = base[:cut] + text[:2] + base[cut + int(rng.integers(3)) :]
-        reward, form = task.grade(text, row), task.canonical(text, row)
+        reward, form, _ = task.judge(text, row)
         assert reward in (0.0, 1.0)
         assert (form is not None) == (reward == 1.0)
     for text in ("(" * 10**6, "1+" * 10**6, "9" * 10**6, "1+1=2," * 10**6, "<answer>" * 10**5):
-        assert task.grade(text, row) == 0.0
+        assert task.judge(text, row).reward == 0.0
 
 
 @pytest.mark.parametrize(
@@ -330,7 +330,8 @@ def test_garbage_is_wrong_and_never_raises(style):
     ],
 )
 def test_grade_of_steps(response, right):
-    assert build(style="steps").grade(response, row_of(3, 5, 5, 8, target=24)) == float(right)
+    task, row = build(style="steps"), row_of(3, 5, 5, 8, target=24)
+    assert task.judge(response, row).reward == float(right)
 
 
 def test_steps_must_use_every_number():
@@ -343,7 +344,7 @@ def test_steps_must_use_every_number():
 def test_steps_take_given_numbers_before_results():
     # After 3+5=8 there are two eights; 8-5 takes the given one, so the result is (3+5)*(8-5).
     task, row = build(style="steps"), row_of(3, 5, 5, 8, target=24)
-    assert task.canonical("3+5=8,8-5=3,8*3=24", row) == "(3+5)*(8-5)"
+    assert task.judge("3+5=8,8-5=3,8*3=24", row).form == "(3+5)*(8-5)"
 
 
 @pytest.mark.parametrize("style", countdown.STYLES)
@@ -355,8 +356,8 @@ def test_demonstrations_are_right_and_cover_all_solutions(style):
     texts = set()
     for _ in range(600):
         text = task.demonstration(row, rng)
-        assert task.grade(text, row) == 1.0
-        counts[str(task.canonical(text, row))] += 1
+        assert task.judge(text, row).reward == 1.0
+        counts[str(task.judge(text, row).form)] += 1
         texts.add(text)
     # 600 draws over 5 solutions: 120 expected, standard deviation 10.
     assert len(counts) == 5 and all(70 < count < 170 for count in counts.values()), counts
@@ -378,7 +379,7 @@ def test_demonstrations_of_random_problems(style):
                     assert style == "steps"
                     continue
                 seen += 1
-                assert task.canonical(text, row) == form
+                assert task.judge(text, row).form == form
                 if style == "steps":
                     assert "=-" not in text and ",-" not in text
     assert seen > 500
@@ -447,5 +448,5 @@ def test_wrong_settings(name, options, message):
 def test_options_convert_where_nothing_is_lost():
     row = row_of(3, 5, target=8)
     task = build(reward_correct=3, reward_wrong=-1)
-    assert (task.grade("3+5", row), task.grade("3-5", row)) == (3.0, -1.0)
-    assert type(task.grade("3+5", row)) is float
+    assert (task.judge("3+5", row).reward, task.judge("3-5", row).reward) == (3.0, -1.0)
+    assert type(task.judge("3+5", row).reward) is float

@@ -308,7 +308,7 @@ def test_real_countdown_rows(shared_data, tmp_path):
             str(row["numbers"]) in task.prompt(row) and f"equals {row['target']}." in row["prompt"]
         )
         shown = task.demonstration(row, rng)
-        assert task.grade(f"I think. </think> <answer> {shown} </answer>", row) == 1.0
+        assert task.judge(f"I think. </think> <answer> {shown} </answer>", row).reward == 1.0
 
 
 def test_story_rows(tmp_path):
@@ -319,7 +319,7 @@ def test_story_rows(tmp_path):
     row = rows.rows(0, 1)[0]
     assert row == {**splits["train"][row["prompt_id"]], "prompt_id": row["prompt_id"]}
     task = tasks.build(tasks.TaskConfig("stories"))
-    assert task.grade(" ".join(row["words"]) + ".", row) == 1.25
+    assert task.judge(" ".join(row["words"]) + ".", row).reward == 1.25
 
 
 def test_processes_may_prepare_at_once(tmp_path):

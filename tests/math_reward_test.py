@@ -148,18 +148,21 @@ def test_rewards_are_settings():
     assert grade("Answer: 42", "42", right=2.0, wrong=0.5) == 2.0
     assert grade("Answer: 41", "42", right=2.0, wrong=0.5) == 0.5
     task = build(reward_correct=1, reward_wrong=0)
-    assert (task.grade("Answer: 42", ROW), task.grade("Answer: 41", ROW)) == (1.0, 0.0)
-    assert (build().grade("Answer: 42", ROW), build().grade("41", ROW)) == (1.0, -1.0)
+    assert (task.judge("Answer: 42", ROW).reward, task.judge("Answer: 41", ROW).reward) == (
+        1.0,
+        0.0,
+    )
+    assert (build().judge("Answer: 42", ROW).reward, build().judge("41", ROW).reward) == (1.0, -1.0)
 
 
 def test_all_right_responses_are_one_solution():
     task = build()
     row = ROW | {"answer": "$\\frac12$"}
     right = ("\\frac{1}{2}", "x=\\frac12", "$\\frac12$")
-    forms = {task.canonical(f"Answer: {answer}", row) for answer in right}
+    forms = {task.judge(f"Answer: {answer}", row).form for answer in right}
     assert forms == {"\\frac{1}{2}"}
-    assert task.canonical("Answer: \\frac13", row) is None
-    assert task.canonical("\\frac12", row) is None
+    assert task.judge("Answer: \\frac13", row).form is None
+    assert task.judge("\\frac12", row).form is None
 
 
 def test_prompt():
@@ -174,7 +177,7 @@ def test_prompt():
 def test_the_prompt_itself_is_no_right_answer():
     # A policy that repeats the question must not be paid for it.
     assert extract(build().prompt(ROW)) is not None
-    assert build().grade(build().prompt(ROW), ROW) == -1.0
+    assert build().judge(build().prompt(ROW), ROW).reward == -1.0
 
 
 def test_demonstration():
@@ -182,7 +185,7 @@ def test_demonstration():
     task, row = build(), ROW | {"solution": "6 x 7 is 42.\n"}
     shown = task.demonstration(row, rng)
     assert shown == "6 x 7 is 42.\nAnswer: 42"
-    assert task.grade(shown, row) == 1.0
+    assert task.judge(shown, row).reward == 1.0
     finished = row | {"solution": "So\nAnswer: $42$"}
     assert task.demonstration(finished, rng) == finished["solution"]
 
@@ -204,7 +207,7 @@ def test_demonstration_is_refused(changes, message):
 
 @pytest.mark.parametrize("row", [{"prompt": "?"}, {"prompt": "?", "answer": " "}, {"answer": 42}])
 def test_row_without_an_answer_is_refused(row):
-    for ask in (build().prompt, lambda row: build().grade("Answer: 42", row)):
+    for ask in (build().prompt, lambda row: build().judge("Answer: 42", row).reward):
         with pytest.raises(InputError, match=r"data\.options\.answer_field"):
             ask(row)
 

@@ -52,7 +52,7 @@ def test_arrays_show_prompt_answer_and_end(parts, rows):
         assert parts.tokenizer.decode(prompt.tolist()) == parts.task.prompt(row)
         # The end is shown as well, or the policy would never learn to stop.
         assert shown[-1] == parts.eos_ids[0]
-        assert parts.task.grade(parts.tokenizer.decode(shown[:-1].tolist()), row) == 1.0
+        assert parts.task.judge(parts.tokenizer.decode(shown[:-1].tolist()), row).reward == 1.0
         # Prompts end where responses begin.
         np.testing.assert_array_equal(prompt_mask, np.arange(width) >= width - len(prompt))
         np.testing.assert_array_equal(mask, np.arange(length) < len(shown))

@@ -32,24 +32,24 @@ def build(**options):
     ],
 )
 def test_reward(response, reward):
-    assert build().grade(response, ROW) == pytest.approx(reward)
+    assert build().judge(response, ROW).reward == pytest.approx(reward)
 
 
 def test_the_opening_does_not_count():
-    assert build().grade("It swam.", ROW | {"words": ["fish"]}) == 0.25
+    assert build().judge("It swam.", ROW | {"words": ["fish"]}).reward == 0.25
 
 
 def test_end_bonus_is_a_setting():
-    assert build(end_bonus=1.0).grade("A dog.", ROW) == 1.5
-    assert build(end_bonus=0).grade("A dog.", ROW) == 0.5
+    assert build(end_bonus=1.0).judge("A dog.", ROW).reward == 1.5
+    assert build(end_bonus=0).judge("A dog.", ROW).reward == 0.5
 
 
 def test_canonical_form_is_the_set_of_words():
     task = build()
-    assert task.canonical("The dog had a ball.", ROW) == "a ball dog had the"
-    assert task.canonical("A ball the dog had!", ROW) == "a ball dog had the"
-    assert task.canonical("The dog had a ball", ROW) is None
-    assert task.canonical("The dog sat.", ROW) is None
+    assert task.judge("The dog had a ball.", ROW).form == "a ball dog had the"
+    assert task.judge("A ball the dog had!", ROW).form == "a ball dog had the"
+    assert task.judge("The dog had a ball", ROW).form is None
+    assert task.judge("The dog sat.", ROW).form is None
 
 
 def test_prompt_and_demonstration():
@@ -60,4 +60,4 @@ def test_prompt_and_demonstration():
 
 def test_row_without_words():
     with pytest.raises(InputError, match="give at least one"):
-        build().grade("A dog.", ROW | {"words": []})
+        build().judge("A dog.", ROW | {"words": []})

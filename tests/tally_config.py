@@ -12,7 +12,7 @@ import jax
 import ml_collections
 
 from configs import test_tiny
-from flowrl_jax.tasks import TASKS, Row
+from flowrl_jax.tasks import TASKS, Row, Verdict
 from flowrl_jax.tasks.countdown import Countdown, CountdownConfig
 
 
@@ -30,11 +30,12 @@ class Tally(Countdown):
         super().__init__(config)
         self._notes = Path(config.notes)
 
-    def grade(self, response: str, row: Row) -> float:
-        """The reward; the prompt's id is noted under the name of the process."""
+    def judge(self, response: str, row: Row) -> Verdict:
+        """Returns a reward; the prompt's id is noted under the name of the process."""
         with (self._notes / str(jax.process_index())).open("a") as file:
             file.write(f"{row['prompt_id']}\n")
-        return zlib.crc32(f"{row['prompt_id']} {response}".encode()) % 4 / 3
+        reward = zlib.crc32(f"{row['prompt_id']} {response}".encode()) % 4 / 3
+        return super().judge(response, row)._replace(reward=reward)
 
 
 TASKS["tally"] = (TallyConfig, Tally)  # type: ignore[index]

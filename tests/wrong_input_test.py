@@ -14,6 +14,7 @@ from flowrl_jax.errors import InputError
 from flowrl_jax.grading import Grading
 from flowrl_jax.metrics import CompileCounter
 from flowrl_jax.sampler import Response
+from flowrl_jax.tasks import Verdict
 from flowrl_jax.train import train as run
 
 
@@ -95,9 +96,10 @@ def test_a_used_folder_is_left_alone(data_dir, tmp_path):
 def test_rewards_must_be_finite(data_dir, tmp_path):
     class Odd:
         name = "odd"
+        parallel = 1
 
-        def grade(self, response, row):
-            return float("nan")
+        def judge(self, response, row):
+            return Verdict(float("nan"), None, "wrong")
 
     config = test_tiny.get_config()
     config.data.data_dir = data_dir

@@ -8,9 +8,9 @@ from typing import Any
 
 from flowrl_jax.errors import InputError
 from flowrl_jax.tasks import countdown, math, stories
-from flowrl_jax.tasks.base import Row, Task, make_config, nearest
+from flowrl_jax.tasks.base import Row, Task, Verdict, make_config, nearest
 
-__all__ = ["TASKS", "Row", "Task", "TaskConfig", "build"]
+__all__ = ["TASKS", "Row", "Task", "TaskConfig", "Verdict", "build"]
 
 TASKS: Mapping[str, tuple[type, Callable[[Any], Task]]] = {
     "countdown": (countdown.CountdownConfig, countdown.Countdown),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -17,28 +17,40 @@ Row = Mapping[str, Any]
 C = TypeVar("C")
 
 
+class Verdict(NamedTuple):
+    """What a task says of a response.
+
+    Attributes:
+        reward: finite.
+        form: the canonical form of a correct solution; None for any other response. Two responses
+            have the same form exactly when they count as one solution.
+        outcome: one word, which runs count: "correct", "wrong", or what kept the response from
+            being judged, such as "timeout".
+    """
+
+    reward: float
+    form: str | None
+    outcome: str
+
+
 class Task(Protocol):
     """A question, the reward of a response to it, and what makes two right responses the same.
 
     Attributes:
         name: the name under which `flowrl_jax.tasks.build` finds the task.
+        parallel: responses that are judged at one time, each in a thread; more than 1 where
+            `judge` waits for a process or the network.
     """
 
     name: str
+    parallel: int = 1
 
     def prompt(self, row: Row) -> str:
         """Returns the text put before the policy."""
         ...
 
-    def grade(self, response: str, row: Row) -> float:
-        """Returns the reward of a response; never raises on what a policy may write."""
-        ...
-
-    def canonical(self, response: str, row: Row) -> str | None:
-        """Returns the canonical form of a correct solution; None for any other response.
-
-        Two responses have the same form exactly when they count as one solution.
-        """
+    def judge(self, response: str, row: Row) -> Verdict:
+        """Returns the verdict on a response; never raises on what a policy may write."""
         ...
 
     def demonstration(self, row: Row, rng: np.random.Generator) -> str:
@@ -48,6 +60,9 @@ class Task(Protocol):
             InputError: the row has no solution to show.
         """
         ...
+
+    def close(self) -> None:
+        """Ends the processes that the task has started, if any."""
 
 
 def make_config(config_class: type[C], options: Mapping[str, Any], *, owner: str) -> C:

@@ -14,7 +14,7 @@ import numpy as np
 from flowrl_jax.errors import InputError
 from flowrl_jax.tasks import countdown_render as render
 from flowrl_jax.tasks import countdown_solver as solver
-from flowrl_jax.tasks.base import Row
+from flowrl_jax.tasks.base import Row, Task, Verdict
 
 STYLES = ("expression", "steps")
 PROMPT_STYLES = ("compact", "text")
@@ -51,7 +51,7 @@ class CountdownConfig:
                 )
 
 
-class Countdown:
+class Countdown(Task):
     """The Countdown task; rows have `numbers` and `target`, and may have `solutions` and `prompt`.
 
     Args:
@@ -69,15 +69,15 @@ class Countdown:
             return f"{','.join(str(n) for n in row['numbers'])}={row['target']}:"
         return row.get("prompt") or question(row["numbers"], row["target"], self.config.style)
 
-    def grade(self, response: str, row: Row) -> float:
-        """Returns the reward: whether the answer reaches the target by the rules."""
-        right = self._form(response, row) is not None
-        return self.config.reward_correct if right else self.config.reward_wrong
+    def judge(self, response: str, row: Row) -> Verdict:
+        """Returns whether the answer reaches the target by the rules.
 
-    def canonical(self, response: str, row: Row) -> str | None:
-        """Returns the canonical expression of a correct response, else None."""
+        The form is the canonical expression.
+        """
         form = self._form(response, row)
-        return None if form is None else solver.render_canonical(form)
+        if form is None:
+            return Verdict(self.config.reward_wrong, None, "wrong")
+        return Verdict(self.config.reward_correct, solver.render_canonical(form), "correct")
 
     def demonstration(self, row: Row, rng: np.random.Generator) -> str:
         """Returns a right answer: each solution equally likely, then written in random order.

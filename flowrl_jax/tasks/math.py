@@ -8,7 +8,7 @@ import numpy as np
 
 from flowrl_jax.errors import InputError
 from flowrl_jax.rewards import math as reward
-from flowrl_jax.tasks.base import Row
+from flowrl_jax.tasks.base import Row, Task, Verdict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class MathConfig:
     reward_wrong: float = -1.0
 
 
-class Math:
+class Math(Task):
     """The math task; rows have `prompt` (the problem) and `answer`, and may have `solution`.
 
     Args:
@@ -48,21 +48,21 @@ class Math:
         _answer(row)
         return question(row["prompt"]) if self.config.wrap else row["prompt"]
 
-    def grade(self, response: str, row: Row) -> float:
-        """Returns the reward: whether the response's last "Answer:" line has the answer.
+    def judge(self, response: str, row: Row) -> Verdict:
+        """Returns whether the response's last "Answer:" line has the answer.
+
+        The form is the normalised answer: a problem has one, so all correct responses count as one
+        solution. The outcome is "no_answer" where the response has no such line.
 
         Raises:
             InputError: the row has no answer.
         """
-        right, wrong = self.config.reward_correct, self.config.reward_wrong
-        return reward.grade(response, _answer(row), right=right, wrong=wrong)
-
-    def canonical(self, response: str, row: Row) -> str | None:
-        """Returns the normalised answer of a correct response, else None.
-
-        A problem has one answer, so all correct responses count as one solution.
-        """
-        return reward.matched(response, _answer(row))
+        answer = _answer(row)
+        form = reward.matched(response, answer)
+        if form is not None:
+            return Verdict(self.config.reward_correct, form, "correct")
+        outcome = "no_answer" if reward.extract(response) is None else "wrong"
+        return Verdict(self.config.reward_wrong, None, outcome)
 
     def demonstration(self, row: Row, rng: np.random.Generator) -> str:
         """Returns the row's `solution`, with an "Answer:" line where it has none that is right.

@@ -12,7 +12,7 @@ import re
 import numpy as np
 
 from flowrl_jax.errors import InputError
-from flowrl_jax.tasks.base import Row
+from flowrl_jax.tasks.base import Row, Task, Verdict
 
 _WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
 _CLOSING_MARKS = "\"')\u201d\u2019"
@@ -30,7 +30,7 @@ class StoriesConfig:
     end_bonus: float = 0.25
 
 
-class Stories:
+class Stories(Task):
     """The stories task; rows have `prompt` (the opening) and `words` (the asked-for words).
 
     Args:
@@ -46,25 +46,22 @@ class Stories:
         """Returns the opening of the story."""
         return row["prompt"]
 
-    def grade(self, response: str, row: Row) -> float:
+    def judge(self, response: str, row: Row) -> Verdict:
         """Returns share of asked-for words in the response + end_bonus if its sentence is complete.
 
         A word counts as a whole word in any case, once however often it appears, and only where
         the response has it: the opening does not count. A sentence is complete when the response
         ends with . ! or ?, closing quotation marks aside; an empty response has none.
-        """
-        found = self._found(response, row)
-        bonus = self.config.end_bonus if _ends(response) else 0.0
-        return len(found) / len(self._words(row)) + bonus
 
-    def canonical(self, response: str, row: Row) -> str | None:
-        """Returns the sorted words of a response with full reward, else None.
-
-        Two stories are the same solution when they use the same set of words.
+        A response is correct when it earns all of this. Two stories are the same solution when
+        they use the same set of words: the form is these, sorted.
         """
-        if self._found(response, row) != self._words(row) or not _ends(response):
-            return None
-        return " ".join(sorted(set(_WORD.findall(response.lower()))))
+        asked, used = self._words(row), set(_WORD.findall(response.lower()))
+        found, ends = asked & used, _ends(response)
+        reward = len(found) / len(asked) + (self.config.end_bonus if ends else 0.0)
+        if found != asked or not ends:
+            return Verdict(reward, None, "wrong")
+        return Verdict(reward, " ".join(sorted(used)), "correct")
 
     def demonstration(self, row: Row, rng: np.random.Generator) -> str:
         """Raises InputError: stories have no demonstrations, a pretrained model is the start."""
@@ -79,9 +76,6 @@ class Stories:
         if not words:
             raise InputError(f"stories {row['prompt']!r}: no asked-for words; give at least one")
         return words
-
-    def _found(self, response: str, row: Row) -> set[str]:
-        return self._words(row) & set(_WORD.findall(response.lower()))
 
 
 def _ends(response: str) -> bool:
