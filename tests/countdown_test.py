@@ -337,8 +337,8 @@ def test_grade_of_steps(response, right):
 def test_steps_must_use_every_number():
     # 24 is there from the start, and a 1 would be left over.
     row = row_of(24, 1, 1, target=24)
-    assert build(style="steps").grade("1*1=1", row) == 0.0
-    assert build(style="steps").grade("1*1=1,24*1=24", row) == 1.0
+    assert build(style="steps").judge("1*1=1", row).reward == 0.0
+    assert build(style="steps").judge("1*1=1,24*1=24", row).reward == 1.0
 
 
 def test_steps_take_given_numbers_before_results():
