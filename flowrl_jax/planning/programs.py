@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from flowrl_jax.assembly import layout_of, make_sampler
 from flowrl_jax.buckets import check_buckets
@@ -24,8 +23,9 @@ from flowrl_jax.objectives.correction import PER_TOKEN
 from flowrl_jax.optimizer import OptimizerConfig, make_optimizer
 from flowrl_jax.planning.shapes import planned_shape
 from flowrl_jax.rollouts import check_rollouts
-from flowrl_jax.sampler.programs import Programs, Rows, Slots
-from flowrl_jax.sampler.schedule import Schedule
+from flowrl_jax.sampler.programs import Programs
+from flowrl_jax.sampler.schedule import Groups
+from flowrl_jax.sampler.slots import Rows, Slots
 from flowrl_jax.sharding import Layout, make_mesh, sampling_layout
 from flowrl_jax.train_step import abstract_policy, abstract_state, make_score, make_train_step
 from flowrl_jax.types import PromptBatch, TrainBatch
@@ -298,15 +298,14 @@ class _Sampler:
         self._width = rollout.max_prompt_length
         settings = make_sampler(rollout, eos_ids=())
         self._programs = Programs(learner.model.config, settings, learner.layout, within)
-        limits = np.full(rows, rollout.max_response_length)
         shards = self._programs.shards
-        schedule = Schedule(rows, rollout.group_size, shards, rollout.slots, limits, shrink=False)
-        self.slots = schedule.slots * shards
-        self.prompts = schedule.chunk_prompts * shards
+        slots = -(-min(rollout.slots or rows, rows) // shards)
+        groups = Groups(rows, rollout.group_size, shards, slots)
+        self.slots = slots * shards
+        self.prompts = groups.chunk_prompts * shards
         self.chunks = -(-rows // (rollout.group_size * self.prompts))
-        self._columns = self._programs.column_sizes(
-            self._width, rollout.max_response_length, waiting=self.slots < rows
-        )[-1]
+        stages = self._programs.stages(self._width, waiting=self.slots < rows)
+        self._columns = stages[-1].columns[-1]
 
     def _array(self, *shape: int, dtype: Any = jnp.int32, layout: Layout | None = None) -> Any:
         sharding = (layout or self._within).batch

@@ -4,10 +4,13 @@ A prompt is read once for all the samples of its group. Rows decode in slots; wh
 that waits takes its slot. The device decodes on its own until enough rows have ended, the cache is
 full, or a segment's tokens are drawn; then the host lets rows in, and writes down what was drawn
 while the device goes on.
+
+Where attention reads all columns there are, whatever a row has, short and long rows do not share
+them: rows that outgrow a stage are put aside, and decoded together in the next one.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -15,9 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowrl_jax.models.transformer import Transformer
-from flowrl_jax.sampler.programs import Programs, Slots, programs_of
-from flowrl_jax.sampler.schedule import Schedule
+from flowrl_jax.sampler.programs import Programs, programs_of
+from flowrl_jax.sampler.schedule import Groups, Schedule, Stage
 from flowrl_jax.sampler.settings import SamplerConfig
+from flowrl_jax.sampler.slots import Slots
+from flowrl_jax.sampler.sources import Aside, Leaving, ReadPrompts, Source
 from flowrl_jax.sampler.stops import StopTable
 from flowrl_jax.sharding import Layout
 from flowrl_jax.types import PromptBatch, Rollout
@@ -156,7 +161,7 @@ class _Responses:
             for whole, new in zip(kept, log, strict=True):
                 whole[row, start:end] = new[slot, : end - start]
             self.length[row] = end
-            if not segment.active[slot]:
+            if segment.ended[slot]:
                 self.truncated[row] = not segment.stopped[slot]
                 if self._finished:
                     self._finished(int(row), self._response(row))
@@ -178,13 +183,13 @@ class _Segment:
     row: np.ndarray
     before: np.ndarray
     after: np.ndarray
-    active: np.ndarray
+    ended: np.ndarray
     stopped: np.ndarray
     log: Any
 
 
 class _Engine:
-    """The loop of one batch."""
+    """What all stages of a batch share."""
 
     def __init__(
         self,
@@ -197,68 +202,124 @@ class _Engine:
     ):
         config, within = programs.config, programs.within
         platform = within.mesh.devices.flat[0].platform if within else jax.default_backend()
-        self.programs, self.params, self.prompts = programs, params, prompts
-        self.key_impl = jax.random.key_impl(key)
+        self.programs, self.prompts, self.key, self.limits = programs, prompts, key, limits
         self.stops = stops if within is None else jax.device_put(stops, within.replicated)
         # Few rows take a CPU less time; elsewhere weights have to be read for one as for many.
-        self.schedule = Schedule(
-            len(limits),
-            config.group_size,
-            programs.shards,
-            config.slots,
-            limits,
-            shrink=platform == "cpu",
-        )
-        self.width = prompts.tokens.shape[1]
-        waiting = self.schedule.slots * programs.shards < len(limits)
-        self.columns = programs.column_sizes(
-            self.width, config.max_response_length, waiting=waiting
-        )
-        self.column = self.width
-        self.read: dict[int, Any] = {}  # prompts, by their chunk
-        self.rows = programs.rows(key, prompts, self._put(limits))
+        self.shrink = platform == "cpu"
+        count, shards = len(limits), programs.shards
+        self.slots = -(-min(config.slots or count, count) // shards)
+        groups = Groups(count, config.group_size, shards, self.slots)
+        self.source = ReadPrompts(programs, params, prompts, groups, self.put)
         self.weights = programs.weights(params)
 
     def run(self, responses: _Responses) -> None:
         """Decodes every row to its end."""
-        schedule = self.schedule
+        width, source, last = self.prompts.tokens.shape[1], self.source, None
+        waiting = self.slots * self.programs.shards < len(self.limits)
+        for stage in self.programs.stages(width, waiting=waiting):
+            aside = Aside(
+                self.programs, self.programs.shards, self.slots, width + stage.limit, self.put
+            )
+            decoding = _Decoding(self, stage, width + stage.drawn, source)
+            last = decoding.run(responses, aside, last)
+            source = aside
+            if not any(source.waiting()):
+                break
+        assert last is not None
+        responses.record(last)
+
+    def put(self, x: np.ndarray) -> jax.Array:
+        """An array with the shards, or the rows, as its first axis."""
+        return _put(x, self.programs.within)
+
+
+class _Decoding:
+    """A stage: its rows from when they enter until they end or are put aside."""
+
+    def __init__(self, engine: _Engine, stage: Stage, width: int, source: Source):
+        self.engine, self.programs = engine, engine.programs
+        self.stage, self.width, self.source = stage, width, source
+        limits = np.minimum(engine.limits, stage.limit)
+        self.schedule = Schedule(source.waiting(), engine.slots, limits, shrink=engine.shrink)
+        # Where another stage follows, the last rows do not keep the slots to themselves.
+        last = stage.limit == self.programs.config.max_response_length
+        self.too_few = 0 if last else self.schedule.slots // 2
+        self.column = width
+        self.rows = self.programs.rows(engine.key, engine.prompts, engine.put(limits))
+
+    def run(self, responses: _Responses, aside: Aside, last: _Segment | None) -> _Segment:
+        """Decodes.
+
+        Args:
+            responses: what is drawn goes there.
+            aside: rows that outgrow the stage go there.
+            last: the segment before, which has not been written down.
+
+        Returns:
+            The last segment, which has not been written down.
+        """
+        schedule, engine = self.schedule, self.engine
+        key_impl = jax.random.key_impl(engine.key)
         slots = self._empty()
-        last = None
         while schedule.busy:
             slots = self._admit(self._fit(slots))
-            row, before = schedule.row.ravel().copy(), schedule.drawn.ravel().copy()
+            row, before = schedule.row.copy(), schedule.drawn.copy()
             slots, log, seen = self.programs.segment(
-                self.weights, slots, *schedule.floors(), self.key_impl, self.stops
+                engine.weights,
+                slots,
+                *schedule.floors(leave=self.too_few),
+                key_impl,
+                engine.stops,
             )
             if last:  # while the device decodes
                 responses.record(last)
             active, stopped, after, column = map(np.asarray, seen)
             self.column = int(column)
             schedule.ended(active, after)
-            last = _Segment(row, before, after, active, stopped, log)
+            leaves = self._leaves(row, stopped.reshape(row.shape))
+            aside.add(slots, self._leaving(row, leaves))
+            schedule.row[leaves] = -1
+            ended = ~active & ~leaves.ravel()
+            last = _Segment(row.ravel(), before.ravel(), after, ended, stopped, log)
         assert last is not None
-        responses.record(last)
+        return last
 
-    def _prompts(self, chunk: int) -> Any:
-        if chunk not in self.read:
-            pick = self._put(self.schedule.chunk_rows(chunk))
-            self.read[chunk] = self.programs.prefill(self.params, self.prompts, pick)
-        return self.read[chunk]
+    def _leaves(self, row: np.ndarray, stopped: np.ndarray) -> np.ndarray:
+        """Slots `[D, s]` of rows that have come to the stage's limit, not to their own, or of all
+        rows once they are too few."""
+        schedule = self.schedule
+        goes_on = self.engine.limits[row] > self.stage.limit
+        outgrown = (row >= 0) & ~stopped & (schedule.drawn == self.stage.limit) & goes_on
+        active = schedule.row >= 0
+        if schedule.waits or active.sum(axis=1).max() > self.too_few:
+            return outgrown
+        return outgrown | active
+
+    def _leaving(self, row: np.ndarray, leaves: np.ndarray) -> Iterator[Leaving]:
+        """Of these rows, what `Aside` wants to know."""
+        schedule = self.schedule
+        per_shard = len(self.engine.limits) // schedule.shards
+        for at in zip(*np.nonzero(leaves), strict=True):
+            shard, slot = map(int, at)
+            drawn = int(schedule.drawn[at])
+            end = int(schedule.entered[at]) + drawn - int(schedule.began[at])
+            yield Leaving(shard, slot, end, int(row[at]) - shard * per_shard, drawn)
 
     def _empty(self) -> Slots:
-        schedule = self.schedule
+        schedule, sizes = self.schedule, self.stage.columns
+        most = max(len(rows) for rows in self.source.waiting())
+        columns = sizes[-1] if most > schedule.slots else sizes[0]
         count = schedule.slots * schedule.shards
-        return self.programs.empty(self._prompts(0), self.rows, count, self.columns[0])
+        return self.programs.empty(self.source.starts(0), self.rows, count, columns)
 
     def _admit(self, slots: Slots) -> Slots:
         """Lets waiting rows in."""
+        put = self.engine.put
         for refill in self.schedule.refill(self.column):
-            arrays = (refill.slot, refill.prompt, refill.row, refill.count)
-            slots = self.programs.enter(
-                slots, self._prompts(refill.chunk), self.rows, *map(self._put, arrays)
-            )
-        done = self.schedule.oldest_chunk()
-        self.read = {chunk: read for chunk, read in self.read.items() if chunk >= done}
+            arrays = (refill.slot, refill.place, refill.row, refill.count)
+            starts = self.source.starts(refill.chunk)
+            slots = self.programs.enter(slots, starts, self.rows, *map(put, arrays))
+        self.source.forget(before=self.schedule.oldest_chunk())
         return slots
 
     def _fit(self, slots: Slots) -> Slots:
@@ -267,17 +328,16 @@ class _Engine:
         take = schedule.shrink()
         if take is None and self.column < columns:
             return slots
-        shift = schedule.oldest(self.column) - self.width
+        # Rows that come in write `width` columns before the next one.
+        unused = schedule.oldest(self.column) - self.engine.prompts.tokens.shape[1]
+        shift = min(unused, self.column - self.width)
         self.column -= shift
         schedule.entered -= shift
         wanted = self.column + min(
             max(schedule.remaining(), 1), max(self.programs.config.first_columns // 2, 1)
         )
-        columns = next((size for size in self.columns if size >= wanted), self.columns[-1])
+        sizes = self.stage.columns
+        columns = next((size for size in sizes if size >= wanted), sizes[-1])
         if take is None:
             take = np.tile(np.arange(schedule.slots, dtype=np.int32), (schedule.shards, 1))
-        return self.programs.move(slots, self._put(take), np.int32(shift), columns)
-
-    def _put(self, x: np.ndarray) -> jax.Array:
-        """An array with the shards, or the rows, as its first axis."""
-        return _put(x, self.programs.within)
+        return self.programs.move(slots, self.engine.put(take), np.int32(shift), columns)

@@ -1,4 +1,4 @@
-"""The jitted programs of the sampler: read prompts, let rows in, decode, move caches along.
+"""The jitted programs of the sampler: read prompts, let rows in, decode, put rows aside.
 
 Each is compiled once for every number of slots and columns that `schedule` lists. Nothing in them
 depends on which row is in which slot.
@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax.sharding import PartitionSpec
 
 from flowrl_jax.masking import positions_from_mask
@@ -22,92 +21,12 @@ from flowrl_jax.models.decode_attention import Held, decode_kernel, make_cache
 from flowrl_jax.models.decode_kernel import CHUNK
 from flowrl_jax.models.transformer import TransformerConfig
 from flowrl_jax.sampler.sampling import draw
-from flowrl_jax.sampler.schedule import column_sizes
+from flowrl_jax.sampler.schedule import Stage, growing, one_stage, short_before_long
 from flowrl_jax.sampler.settings import SamplerConfig
+from flowrl_jax.sampler.slots import Log, Row, Rows, Slots, Starts
 from flowrl_jax.sampler.stops import StopTable, advance
 from flowrl_jax.sharding import Layout, constrain
 from flowrl_jax.types import PromptBatch, Rollout
-
-
-@struct.dataclass
-class Prompts:
-    """Prompts that have been read, W of them, all but their last tokens.
-
-    Attributes:
-        caches: `[W, K, P, H]` of each layer; columns of padding first, one at least.
-        token: `[W]` int32, the last tokens.
-        length: `[W]` int32, columns that are no padding.
-    """
-
-    caches: tuple[KVCache, ...]
-    token: jax.Array
-    length: jax.Array
-
-
-@struct.dataclass
-class Rows:
-    """What is fixed about the rows of a batch, B of them.
-
-    Attributes:
-        key: `[B, ...]` uint32, data of each row's key.
-        limit: `[B]` int32, tokens that its response may have.
-    """
-
-    key: jax.Array
-    limit: jax.Array
-
-
-@struct.dataclass
-class Row:
-    """What is known of the rows in S slots.
-
-    Attributes:
-        token: `[S]` int32, the newest token, which is not in the cache yet.
-        length: `[S]` int32, tokens in the cache: the last so many columns.
-        drawn: `[S]` int32, tokens of the response.
-        active: `[S]` bool, whether there is a row that has not ended.
-        stopped: `[S]` bool, whether it has ended by what it says, not by its limit.
-        search: `[S]` int32, how far a stop string has been read, see `StopTable`.
-        fixed: their rows' keys and limits.
-    """
-
-    token: jax.Array
-    length: jax.Array
-    drawn: jax.Array
-    active: jax.Array
-    stopped: jax.Array
-    search: jax.Array
-    fixed: Rows
-
-
-@struct.dataclass
-class Slots:
-    """Rows that are being decoded, and their caches.
-
-    Attributes:
-        row: of each slot.
-        caches: `[S, K, C, H]` of each layer.
-        column: scalar int32, the next column that is written.
-    """
-
-    row: Row
-    caches: tuple[KVCache, ...]
-    column: jax.Array
-
-
-@struct.dataclass
-class Log:
-    """What a segment drew, one row for each of its steps.
-
-    Attributes:
-        token: `[L, S]` int32.
-        logprob: `[L, S]` float32, of the distribution that was drawn from.
-        policy_logprob: `[L, S]` float32, of the policy itself.
-    """
-
-    token: jax.Array
-    logprob: jax.Array
-    policy_logprob: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,22 +50,22 @@ class Programs:
         """Parts that rows and slots are cut into."""
         return self.within.batch_shards if self.within else 1
 
-    def column_sizes(self, width: int, limit: int, *, waiting: bool) -> list[int]:
-        """Numbers of columns that caches have, the smallest first.
+    def stages(self, width: int, *, waiting: bool) -> list[Stage]:
+        """What rows decode in, one after the other.
 
         Args:
             width: of the prompts' caches.
-            limit: tokens of a response, at most.
             waiting: whether rows come in later than others.
         """
         with self.within.activate() if self.within else contextlib.nullcontext():
             kernel = decode_kernel(self.shape.decode_kernel)
-        # A kernel that reads what rows have wants one size; others read all there is.
-        choice = {"grow": False, "multiple": CHUNK} if kernel == "pallas" else {"grow": True}
-        return column_sizes(width, self.config.first_columns, limit, waiting=waiting, **choice)
+        limit, first = self.config.max_response_length, self.config.first_columns
+        if kernel == "pallas":  # It reads what rows have, and wants one size.
+            return one_stage(width, limit, waiting=waiting, multiple=CHUNK)
+        return short_before_long(width, first, limit) if waiting else growing(width, first, limit)
 
     def shardings(self, kind: type) -> Any:
-        """Of `Prompts`, `Rows` or `Slots`; None without a layout.
+        """Of `Starts`, `Rows` or `Slots`; None without a layout.
 
         Args:
             kind: one of these.
@@ -166,7 +85,7 @@ class Programs:
         row = Row(**each, fixed=fixed)
         return {
             Rows: fixed,
-            Prompts: Prompts(caches=caches, token=rows, length=rows),
+            Starts: Starts(caches, rows, rows, rows, rows),
             Slots: Slots(row=row, caches=caches, column=one),
         }[kind]
 
@@ -198,10 +117,10 @@ class Programs:
 
     @functools.cached_property
     def prefill(self) -> Callable:
-        """Of parameters, a `PromptBatch` and rows of each shard `[D, w]`: `Prompts`."""
-        return self._jit(self.read, Prompts)
+        """Of parameters, a `PromptBatch` and rows of each shard `[D, w]`: `Starts`."""
+        return self._jit(self.read, Starts)
 
-    def read(self, params: Any, prompts: PromptBatch, pick: jax.Array) -> Prompts:
+    def read(self, params: Any, prompts: PromptBatch, pick: jax.Array) -> Starts:
         """What `prefill` jits."""
 
         def choose(x):
@@ -218,68 +137,96 @@ class Programs:
         kept = read_prompts(params, self.shape, tokens, positions_from_mask(mask), mask)
         dtype = self.config.cache_dtype(self.shape.dtype)
         caches = tuple(make_cache(key, value, dtype) for key, value in kept)
-        return Prompts(caches, last, mask.sum(axis=1, dtype=jnp.int32))
+        none = jnp.zeros_like(last)
+        return Starts(caches, last, mask.sum(axis=1, dtype=jnp.int32), none, none)
 
     @functools.cached_property
     def empty(self) -> Callable:
-        """Of `Prompts`, `Rows` and static numbers of slots and columns: `Slots` without rows."""
+        """Of `Starts`, `Rows` and static numbers of slots and columns: `Slots` without rows."""
         return self._jit(self.without_rows, Slots, static_argnums=(2, 3))
 
-    def without_rows(self, prompts: Prompts, rows: Rows, slots: int, columns: int) -> Slots:
+    def without_rows(self, starts: Starts, rows: Rows, slots: int, columns: int) -> Slots:
         """What `empty` jits."""
-
-        def cache(x):
-            return jnp.zeros((slots, x.shape[1], columns, *x.shape[3:]), x.dtype)
-
-        none, false = jnp.zeros(slots, jnp.int32), jnp.zeros(slots, bool)
+        room = _room(starts, slots, columns)
+        false = jnp.zeros(slots, bool)
         fixed = jax.tree.map(lambda x: jnp.zeros((slots, *x.shape[1:]), x.dtype), rows)
-        width = prompts.caches[0].key.shape[2]
-        caches = jax.tree.map(cache, prompts.caches)
-        row = Row(none, none, none, false, false, none, fixed)
-        return Slots(row, caches, jnp.int32(width))
+        width = starts.caches[0].key.shape[2]
+        row = Row(room.token, room.length, room.drawn, false, false, room.search, fixed)
+        return Slots(row, room.caches, jnp.int32(width))
+
+    @functools.cached_property
+    def room(self) -> Callable:
+        """Of `Slots` and static numbers of rows and columns: `Starts` of this size, empty."""
+
+        def room(slots: Slots, rows: int, columns: int) -> Starts:
+            row = slots.row
+            starts = Starts(slots.caches, row.token, row.length, row.drawn, row.search)
+            return _room(starts, rows, columns)
+
+        return self._jit(room, Starts, static_argnums=(1, 2))
 
     @functools.cached_property
     def enter(self) -> Callable:
-        """Of `Slots`, `Prompts`, `Rows` and a `Refill`'s arrays: `Slots` with the rows let in."""
+        """Of `Slots`, `Starts`, `Rows` and a `Refill`'s arrays: `Slots` with the rows let in."""
         return self._jit(self._enter, Slots, donate_argnums=0)
 
-    def _enter(self, slots: Slots, prompts: Prompts, rows: Rows, slot, prompt, row, count) -> Slots:
-        def local(slots, prompts, rows, slot, prompt, row, count):
-            width = prompts.caches[0].key.shape[2]
+    def _enter(self, slots: Slots, starts: Starts, rows: Rows, slot, place, row, count) -> Slots:
+        def local(slots, starts, rows, slot, place, row, count):
+            width = starts.caches[0].key.shape[2]
 
             def one(i, slots):
-                at, of, who = slot[0, i], prompt[0, i], row[0, i]
-
-                def copy(old, new):
-                    new = jax.lax.dynamic_slice_in_dim(new, of, 1)
-                    start = (at, 0, slots.column - width) + (0,) * (old.ndim - 3)
-                    return jax.lax.dynamic_update_slice(old, new, start)
-
+                at, of, who = slot[0, i], place[0, i], row[0, i]
                 values = Row(
-                    token=prompts.token[of],
-                    length=prompts.length[of],
-                    drawn=jnp.int32(0),
+                    token=starts.token[of],
+                    length=starts.length[of],
+                    drawn=starts.drawn[of],
                     active=jnp.bool(True),
                     stopped=jnp.bool(False),
-                    search=jnp.int32(0),
+                    search=starts.search[of],
                     fixed=jax.tree.map(lambda x: x[who], rows),
                 )
+                copy = functools.partial(_copy_columns, (of, 0), (at, slots.column - width), width)
                 return Slots(
                     row=jax.tree.map(lambda x, value: x.at[at].set(value), slots.row, values),
-                    caches=jax.tree.map(copy, slots.caches, prompts.caches),
+                    caches=jax.tree.map(copy, starts.caches, slots.caches),
                     column=slots.column,
                 )
 
             return jax.lax.fori_loop(0, count[0], one, slots)
 
-        return self._by_shards(local, slots, prompts, rows, slot, prompt, row, count)
+        return self._by_shards(local, slots, starts, rows, slot, place, row, count)
 
-    def _by_shards(self, local: Callable, slots: Slots, *arguments: Any) -> Slots:
-        """Runs a function of slots on every device for its own."""
+    @functools.cached_property
+    def put_aside(self) -> Callable:
+        """Of `Starts`, `Slots`, and slots, places, columns that rows end before `[D, s]` and how
+        many `[D]`: `Starts` with these rows in it."""
+        return self._jit(self._put_aside, Starts, donate_argnums=0)
+
+    def _put_aside(self, starts: Starts, slots: Slots, slot, place, end, count) -> Starts:
+        def local(starts, slots, slot, place, end, count):
+            width = starts.caches[0].key.shape[2]
+
+            def one(i, starts):
+                at, to = slot[0, i], place[0, i]
+                first = end[0, i] - width
+                copy = functools.partial(_copy_columns, (at, first), (to, 0), width)
+                names = ("token", "length", "drawn", "search")
+                values = {
+                    name: getattr(starts, name).at[to].set(getattr(slots.row, name)[at])
+                    for name in names
+                }
+                return Starts(jax.tree.map(copy, slots.caches, starts.caches), **values)
+
+            return jax.lax.fori_loop(0, count[0], one, starts)
+
+        return self._by_shards(local, starts, slots, slot, place, end, count)
+
+    def _by_shards(self, local: Callable, changed: Any, *arguments: Any) -> Any:
+        """Runs a function that changes slots or starts on every device for its own."""
         within = self.within
         if within is None:
-            return local(slots, *arguments)
-        kinds = (Slots, Prompts, Rows)
+            return local(changed, *arguments)
+        kinds = (Slots, Starts, Rows)
 
         def spec(x):
             if isinstance(x, kinds):
@@ -289,10 +236,10 @@ class Programs:
         return jax.shard_map(
             local,
             mesh=within.mesh,
-            in_specs=tuple(spec(x) for x in (slots, *arguments)),
-            out_specs=spec(slots),
+            in_specs=tuple(spec(x) for x in (changed, *arguments)),
+            out_specs=spec(changed),
             check_vma=False,
-        )(slots, *arguments)
+        )(changed, *arguments)
 
     @functools.cached_property
     def move(self) -> Callable:
@@ -375,13 +322,14 @@ class Programs:
             search, said = advance(stops, search, token)
             stopped |= said
         stopped &= row.active
+        # A row that has come to its limit stays as it is: it may be put aside.
         row = Row(
-            token=token,
+            token=jnp.where(row.active, token, row.token),
             length=row.length + row.active,
             drawn=drawn,
             active=row.active & ~stopped & (drawn < row.fixed.limit),
             stopped=row.stopped | stopped,
-            search=search,
+            search=jnp.where(row.active, search, row.search),
             fixed=row.fixed,
         )
         return Slots(row, caches, slots.column + 1), Log(token, logprob, policy_logprob)
@@ -404,6 +352,28 @@ class Programs:
         if self.layout is None:
             return jax.jit(assemble)
         return self.layout.jit(assemble, out_shardings=self.layout.batch)
+
+
+def _room(starts: Starts, rows: int, columns: int) -> Starts:
+    """`Starts` of another size, empty."""
+
+    def cache(x):
+        return jnp.zeros((rows, x.shape[1], columns, *x.shape[3:]), x.dtype)
+
+    none = jnp.zeros(rows, jnp.int32)
+    return Starts(jax.tree.map(cache, starts.caches), none, none, none, none)
+
+
+def _copy_columns(source: tuple, target: tuple, width: int, new: jax.Array, old: jax.Array) -> Any:
+    """`old` with some columns of a row of `new`; source and target are row and first column.
+
+    Before the first column of `new` there is nothing that matters.
+    """
+    rest = (0,) * (old.ndim - 3)
+    sizes = (1, new.shape[1], width, *new.shape[3:])
+    columns = jax.lax.dynamic_slice(new, (source[0], 0, jnp.maximum(source[1], 0), *rest), sizes)
+    columns = jnp.roll(columns, jnp.maximum(-source[1], 0), axis=2)
+    return jax.lax.dynamic_update_slice(old, columns, (target[0], 0, target[1], *rest))
 
 
 @functools.lru_cache(maxsize=32)

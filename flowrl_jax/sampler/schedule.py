@@ -5,6 +5,9 @@ crosses devices. All processes decide alike, from what they all see.
 """
 
 import dataclasses
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,21 +16,78 @@ WORTH_SHRINKING = 64
 _FIRST_TAKERS = 16  # a shard is refilled when one slot in so many is free
 
 
-@dataclasses.dataclass(frozen=True)
-class Refill:
-    """Rows that enter slots, all of one chunk of prompts.
+class Waiting(NamedTuple):
+    """A row that waits for a slot.
 
     Attributes:
-        chunk: of the prompts.
+        row: among the shard's.
+        chunk: of the `Starts` that it enters with.
+        place: in the shard's part of the chunk.
+        drawn: tokens that it has.
+    """
+
+    row: int
+    chunk: int
+    place: int
+    drawn: int = 0
+
+
+class Groups:
+    """Prompts, each read once for its group, by chunks.
+
+    Args:
+        rows: in all.
+        group_size: adjacent rows with the same prompt.
+        shards: that the rows are cut over; divides them.
+        slots: of a shard.
+
+    Attributes:
+        chunk_prompts: prompts of a shard that are read at one time.
+    """
+
+    def __init__(self, rows: int, group_size: int, shards: int, slots: int):
+        self._per_shard, self._group_size, self._shards = rows // shards, group_size, shards
+        first = np.arange(shards) * self._per_shard
+        self._first_group = first // group_size
+        last_group = (first + self._per_shard - 1) // group_size
+        self._groups = last_group - self._first_group + 1
+        whole = slots == self._per_shard
+        self.chunk_prompts = int(self._groups.max()) if whole else max(1, slots // group_size)
+
+    def rows(self, chunk: int) -> np.ndarray:
+        """A row, among the shard's, of each prompt of a chunk: `[D, chunk_prompts]` int32."""
+        place = chunk * self.chunk_prompts + np.arange(self.chunk_prompts)
+        group = self._first_group[:, None] + np.minimum(place, self._groups[:, None] - 1)
+        first = np.arange(self._shards)[:, None] * self._per_shard
+        return np.maximum(group * self._group_size - first, 0).astype(np.int32)
+
+    def waiting(self) -> list[list[Waiting]]:
+        """All rows of each shard, in their order."""
+
+        def one(shard, row):
+            prompt = (shard * self._per_shard + row) // self._group_size - self._first_group[shard]
+            return Waiting(row, *divmod(int(prompt), self.chunk_prompts))
+
+        return [
+            [one(shard, row) for row in range(self._per_shard)] for shard in range(self._shards)
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Refill:
+    """Rows that enter slots, all of one chunk.
+
+    Attributes:
+        chunk: of the `Starts`.
         slot: `[D, s]` int32, slots of each shard, the first `count` of them.
-        prompt: `[D, s]` int32, places of their prompts in the shard's part of the chunk.
+        place: `[D, s]` int32, places in the shard's part of the chunk.
         row: `[D, s]` int32, their rows among the shard's.
         count: `[D]` int32.
     """
 
     chunk: int
     slot: np.ndarray
-    prompt: np.ndarray
+    place: np.ndarray
     row: np.ndarray
     count: np.ndarray
 
@@ -36,37 +96,39 @@ class Schedule:
     """Rows that wait, decode and have ended.
 
     Args:
-        rows: in all.
-        group_size: adjacent rows with the same prompt.
-        shards: that the rows are cut over; divides them.
-        slots: rows decoded at one time; 0 means all.
+        waiting: rows of each shard, of which all have equally many.
+        slots: of a shard, at most.
         limits: `[rows]` int, tokens that each row may have.
         shrink: whether slots may become fewer once nothing waits.
 
     Attributes:
         row: `[D, s]` int, the row in each slot, counted over all; -1 where there is none.
         entered: `[D, s]` int, the column at which it came in.
+        began: `[D, s]` int, the tokens that it had then.
+        drawn: `[D, s]` int, the tokens that it has.
     """
 
     def __init__(
-        self, rows: int, group_size: int, shards: int, slots: int, limits: np.ndarray, shrink: bool
+        self,
+        waiting: Sequence[Iterable[Waiting]],
+        slots: int,
+        limits: np.ndarray,
+        *,
+        shrink: bool,
     ):
-        self.shards = shards
-        self.per_shard = rows // shards
-        self.group_size = group_size
+        self._waiting = [deque(rows) for rows in waiting]
+        self.shards = len(waiting)
+        self._per_shard = len(limits) // self.shards
         self._limits = limits
-        self._next = np.zeros(shards, int)
-        self._sizes = slot_sizes(-(-min(slots or rows, rows) // shards), shrink)
-        size = self._sizes[0]
-        self.row = np.full((shards, size), -1)
-        self.entered = np.zeros((shards, size), int)
-        self.drawn = np.zeros((shards, size), int)
-        first = np.arange(shards) * self.per_shard
-        self._first_group = first // group_size
-        last_group = (first + self.per_shard - 1) // group_size
-        self._groups = last_group - self._first_group + 1
-        whole = size == self.per_shard
-        self.chunk_prompts = int(self._groups.max()) if whole else max(1, size // group_size)
+        self._least = min((row.drawn for rows in self._waiting for row in rows), default=0)
+        most = max(len(rows) for rows in self._waiting)
+        sizes = slot_sizes(slots, shrink)
+        size = min((size for size in sizes if size >= most), default=slots)
+        self._sizes = [other for other in sizes if other <= size]
+        self.row = np.full((self.shards, size), -1)
+        self.entered = np.zeros((self.shards, size), int)
+        self.began = np.zeros((self.shards, size), int)
+        self.drawn = np.zeros((self.shards, size), int)
 
     @property
     def slots(self) -> int:
@@ -76,18 +138,12 @@ class Schedule:
     @property
     def busy(self) -> bool:
         """Whether a row decodes or waits."""
-        return bool((self.row >= 0).any()) or bool(self._waiting.any())
+        return bool((self.row >= 0).any()) or self.waits
 
     @property
-    def _waiting(self) -> np.ndarray:
-        return self.per_shard - self._next
-
-    def chunk_rows(self, chunk: int) -> np.ndarray:
-        """A row, among the shard's, of each prompt of a chunk: `[D, chunk_prompts]` int32."""
-        place = chunk * self.chunk_prompts + np.arange(self.chunk_prompts)
-        group = self._first_group[:, None] + np.minimum(place, self._groups[:, None] - 1)
-        first = np.arange(self.shards)[:, None] * self.per_shard
-        return np.maximum(group * self.group_size - first, 0).astype(np.int32)
+    def waits(self) -> bool:
+        """Whether a row waits."""
+        return any(self._waiting)
 
     def refill(self, column: int) -> list[Refill]:
         """Puts waiting rows into free slots.
@@ -97,79 +153,64 @@ class Schedule:
         """
         found: dict[int, list[tuple[int, int, int, int]]] = {}
         for shard, slot in zip(*np.nonzero(self.row < 0), strict=True):
-            row = int(self._next[shard])
-            if row == self.per_shard:
+            if not self._waiting[shard]:
                 continue
-            self._next[shard] += 1
-            whole = shard * self.per_shard + row
-            self.row[shard, slot] = whole
+            row, chunk, place, drawn = self._waiting[shard].popleft()
+            self.row[shard, slot] = shard * self._per_shard + row
             self.entered[shard, slot] = column
-            self.drawn[shard, slot] = 0
-            prompt = whole // self.group_size - self._first_group[shard]
-            chunk, place = divmod(int(prompt), self.chunk_prompts)
+            self.began[shard, slot] = self.drawn[shard, slot] = drawn
             found.setdefault(chunk, []).append((shard, slot, place, row))
         return [self._refill(chunk, entries) for chunk, entries in sorted(found.items())]
 
     def _refill(self, chunk: int, entries: list[tuple[int, int, int, int]]) -> Refill:
-        arrays = np.zeros((3, *self.row.shape), np.int32)
-        count = np.zeros(self.shards, np.int32)
-        for shard, *values in entries:
-            arrays[:, shard, count[shard]] = values
-            count[shard] += 1
-        return Refill(chunk, *arrays, count=count)
+        return Refill(chunk, *lists(self.row.shape, entries))
 
-    def oldest_chunk(self) -> int:
-        """The first chunk of prompts that a row still waits for; later ones have not been read."""
-        waiting = np.nonzero(self._waiting)[0]
-        if not waiting.size:
-            return int(self._groups.max())
-        row = waiting * self.per_shard + self._next[waiting]
-        prompt = row // self.group_size - self._first_group[waiting]
-        return int(prompt.min()) // self.chunk_prompts
+    def oldest_chunk(self) -> int | None:
+        """The first chunk that a row still waits for; None where none waits."""
+        return min((rows[0].chunk for rows in self._waiting if rows), default=None)
 
-    def floors(self) -> tuple[np.ndarray, int]:
+    def floors(self, *, leave: int = 0) -> tuple[np.ndarray, int]:
         """When the host wants to be asked.
+
+        Args:
+            leave: rows in a shard that are too few to go on with, once none waits.
 
         Returns:
             `[D]` int32, the number of rows in a shard at which it is to be refilled (-1: never),
-            and the number in all shards at which slots become fewer (0: when all have ended).
+            and the number in every shard at which slots become fewer, or rows leave (0: when all
+            have ended).
         """
         active = (self.row >= 0).sum(axis=1)
         step = max(1, self.slots // _FIRST_TAKERS)
-        refill = np.where(self._waiting > 0, np.maximum(active - step, 0), -1).astype(np.int32)
+        waiting = np.array([bool(rows) for rows in self._waiting])
+        refill = np.where(waiting, np.maximum(active - step, 0), -1).astype(np.int32)
         fewer = [size for size in self._sizes if size < self.slots]
-        shrink = fewer[0] if fewer and not self._waiting.any() and self._worthwhile() else 0
-        return refill, shrink
+        shrink = fewer[0] if fewer and not waiting.any() and self._worthwhile() else 0
+        return refill, max(shrink, 0 if waiting.any() else leave)
 
     def _worthwhile(self) -> bool:
         return self.remaining() >= WORTH_SHRINKING
 
     def remaining(self) -> int:
         """Tokens that a row that decodes or waits may still have."""
-        if self._waiting.any():
-            return int(self._limits.max())
+        if self.waits:
+            return int(self._limits.max()) - self._least
         active = self.row >= 0
         return int((self._limits[self.row] - self.drawn)[active].max(initial=0))
 
     def oldest(self, column: int) -> int:
-        """The column at which the longest of the decoding rows came in, or else the next one."""
-        return int(self.entered[self.row >= 0].min(initial=column))
+        """The first column of a decoding response that is longest, or else the next column."""
+        return int((self.entered - self.began)[self.row >= 0].min(initial=column))
 
-    def ended(self, active: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-        """Takes note of what a segment did.
+    def ended(self, active: np.ndarray, drawn: np.ndarray) -> None:
+        """Takes note of what a segment did, and frees the slots of rows that have ended.
 
         Args:
             active: `[D * s]` bool.
             drawn: `[D * s]` int32, response tokens of each slot's row.
-
-        Returns:
-            Rows that have ended, counted over all.
         """
         self.drawn = drawn.reshape(self.row.shape).astype(int)
-        done = (self.row >= 0) & ~active.reshape(self.row.shape)
-        rows = self.row[done]
-        self.row[done] = -1
-        return rows
+        self.row[~active.reshape(self.row.shape)] = -1
 
     def shrink(self) -> np.ndarray | None:
         """Makes slots fewer, where that is worth it.
@@ -177,14 +218,14 @@ class Schedule:
         Returns:
             `[D, s]` int32, the slot that each slot was before; None where nothing changes.
         """
-        if self._waiting.any() or not self._worthwhile():
+        if self.waits or not self._worthwhile():
             return None
         active = (self.row >= 0).sum(axis=1).max()
         size = min(size for size in self._sizes if size >= active)
         if size >= self.slots:
             return None
         take = np.argsort(self.row < 0, axis=1, kind="stable")[:, :size].astype(np.int32)
-        for name in ("row", "entered", "drawn"):
+        for name in ("row", "entered", "began", "drawn"):
             setattr(self, name, np.take_along_axis(getattr(self, name), take, axis=1))
         return take
 
@@ -199,23 +240,91 @@ def slot_sizes(size: int, shrink: bool) -> list[int]:
     return sorted({-(-size // part) for part in ((1, 2, 4, 8) if shrink else (1,))}, reverse=True)
 
 
-def column_sizes(
-    width: int, first: int, limit: int, *, waiting: bool, grow: bool, multiple: int = 1
-) -> list[int]:
-    """Numbers of columns that there are programs for, the smallest first.
+def lists(
+    shape: tuple[int, int], entries: Iterable[tuple[int, ...]]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Entries of shards, (shard, three numbers) each, as programs take them.
+
+    Args:
+        shape: shards, and entries of each at most.
+        entries: in any order.
+
+    Returns:
+        Three arrays `[D, s]` int32 of the numbers, and how many are a shard's, `[D]` int32.
+    """
+    arrays = np.zeros((3, *shape), np.int32)
+    count = np.zeros(shape[0], np.int32)
+    for shard, *values in entries:
+        arrays[:, shard, count[shard]] = values
+        count[shard] += 1
+    return arrays[0], arrays[1], arrays[2], count
+
+
+class Stage(NamedTuple):
+    """Rows whose responses are about as long, decoded together.
+
+    Attributes:
+        drawn: tokens that their responses have when the stage begins.
+        limit: tokens at which they are put aside for the next one.
+        columns: numbers of columns that there are programs for, the smallest first.
+    """
+
+    drawn: int
+    limit: int
+    columns: tuple[int, ...]
+
+
+def _largest(limit: int, *, waiting: bool) -> int:
+    """Columns for `limit` tokens, and some more where rows come in later than others.
+
+    Caches are moved along when these are full: once in so many tokens, which costs little beside
+    reading them at each.
+    """
+    return limit + max(limit // 16, min(limit, 64)) * waiting
+
+
+def one_stage(width: int, limit: int, *, waiting: bool, multiple: int) -> list[Stage]:
+    """One number of columns for all.
 
     Args:
         width: of the prompts' caches.
-        first: response tokens that the smallest has room for.
         limit: tokens of a response, at most.
         waiting: whether rows come in later than others, so that a cache is moved along.
-        grow: whether there are smaller ones than the largest.
-        multiple: that the numbers are rounded up to.
+        multiple: that columns are rounded up to.
     """
-    # Caches are moved once in so many tokens: little beside reading them at each.
-    largest = limit + max(limit // 16, min(limit, 64)) * waiting
-    sizes, size = [], min(first, largest)
-    while grow and size < largest:
+    columns = width + _largest(limit, waiting=waiting)
+    return [Stage(0, limit, (-(-columns // multiple) * multiple,))]
+
+
+def growing(width: int, first: int, limit: int) -> list[Stage]:
+    """Columns become more by halves: all rows begin together, none waits.
+
+    Args:
+        width: of the prompts' caches.
+        first: response tokens that the smallest number has room for.
+        limit: tokens of a response, at most.
+    """
+    sizes, size = [], min(first, limit)
+    while size < limit:
         sizes.append(width + size)
-        size = min(size + max(size // 2, 1), largest)
-    return [-(-size // multiple) * multiple for size in (*sizes, width + largest)]
+        size = min(size + max(size // 2, 1), limit)
+    return [Stage(0, limit, (*sizes, width + limit))]
+
+
+def short_before_long(width: int, first: int, limit: int) -> list[Stage]:
+    """Rows that outgrow a stage wait for the next, so that those who attend to all columns there
+    are do not pay for the longest row's. Limits double.
+
+    Args:
+        width: of the prompts' caches.
+        first: response tokens of the first stage.
+        limit: tokens of a response, at most.
+    """
+    stages, drawn = [], 0
+    while drawn < limit:
+        upto = min(max(2 * drawn, first), limit)
+        # Without slack for the few that all begin together.
+        sizes = (width + upto, width + drawn + _largest(upto - drawn, waiting=True))
+        stages.append(Stage(drawn, upto, sizes if drawn else sizes[1:]))
+        drawn = upto
+    return stages

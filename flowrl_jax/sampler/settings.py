@@ -25,8 +25,9 @@ class SamplerConfig:
             one that waits. 0 means all rows at once.
         cache: what keys and values are kept in: "bfloat16", "float32", "int8", or empty for the
             compute dtype.
-        first_columns: response tokens that the cache has room for at first; it grows by half of
-            that and more whenever they are used up.
+        first_columns: response tokens that the cache has room for at first. It grows by half of
+            that and more whenever they are used up; where rows wait for slots, rows that outgrow it
+            are put aside instead, until all the shorter ones have ended.
         segment: tokens of a row, at most, between two looks of the host at what has ended.
     """
 
