@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import traceback
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -265,6 +266,17 @@ class RowShare:
             numbers: sums over this process's rows.
         """
         return [sum(parts) for parts in zip(*self.gather(list(numbers)), strict=True)]
+
+    def count(self, found: Mapping[str, int]) -> dict[str, int]:
+        """Sums of counts over all rows, by name; every process must ask at the same point.
+
+        Args:
+            found: of this process's rows.
+        """
+        counts: Counter[str] = Counter()
+        for part in self.gather(dict(found)):
+            counts.update(part)
+        return dict(sorted(counts.items()))
 
 
 def row_share(layout: Layout) -> RowShare:

@@ -93,19 +93,13 @@ class Grading:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def metrics(self) -> dict[str, float]:
-        """Of a rollout whose verdicts are known.
+        """Seconds of judging, and those that nothing else went on in."""
+        judging = sum(future.result()[1] for future in self._found.values())
+        return {"time/judging": judging, "time/judging_waited": self._waited}
 
-        Returns:
-            Seconds of judging, those that nothing else went on in, and the share of this process's
-            responses that had each outcome.
-        """
-        found = [future.result() for future in self._found.values()]
-        outcomes = Counter(verdict.outcome for verdict, _ in found)
-        return {
-            "time/judging": sum(seconds for _, seconds in found),
-            "time/judging_waited": self._waited,
-            **{f"outcome/{name}": n / len(found) for name, n in sorted(outcomes.items())},
-        }
+    def outcomes(self) -> dict[str, int]:
+        """How many responses had each outcome."""
+        return dict(Counter(future.result()[0].outcome for future in self._found.values()))
 
     @property
     def _count(self) -> int:

@@ -343,6 +343,7 @@ def _run_steps(
         done = time.perf_counter()
         lengths = local_rows(collected.rollout.response_mask).sum(axis=1)
         judging = collected.grading.metrics() if collected.grading else {}
+        outcomes = loop.share.count(collected.grading.outcomes() if collected.grading else {})
         truncated, tokens, reward, graded = loop.share.total(
             [
                 collected.truncated,
@@ -361,6 +362,7 @@ def _run_steps(
             "time/tokens_per_second": tokens / max(collected.seconds, 1e-9),
             "time/compilations": compilations.count,
             **judging,
+            **{f"outcome/{name}": count / graded for name, count in outcomes.items()},
         }
         writer.write(step, metrics, device_metrics)
         progress.update(reward=f"{reward / graded:.3f}")

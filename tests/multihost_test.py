@@ -37,6 +37,7 @@ pytestmark = pytest.mark.slow
 CONFIG = REPOSITORY / "tests" / "tally_config.py"
 STEPS, EVERY = 12, 6  # as in the config
 ROWS = 16  # of a process in a step: four prompts with four responses each
+EVALUATED = 32  # responses, four to each of eight prompts, before the first step and after the last
 # Another layout takes some sums in another order, which changes the last bits of float32, 1e-7;
 # twelve steps make more of them. The figures are of the order of 1.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -59,9 +60,13 @@ def settings(workdir: Path) -> list[str]:
 
 
 def judged(workdir: Path) -> dict[int, list[int]]:
-    """The prompts that each process of a run was asked to judge, once for each response."""
-    notes = workdir.with_suffix(".notes")
-    return {int(file.name): [int(n) for n in file.read_text().split()] for file in notes.iterdir()}
+    """The prompts that each process of a run was asked to judge, once for each response.
+
+    Those of the evaluation before the first step are left out.
+    """
+    notes = list(workdir.with_suffix(".notes").iterdir())
+    first = EVALUATED // len(notes)
+    return {int(file.name): [int(n) for n in file.read_text().split()][first:] for file in notes}
 
 
 def assert_same_figures(records: list[dict], expected: list[dict]) -> None:
@@ -194,7 +199,8 @@ def wait_for_steps(processes: list[subprocess.Popen], run: Path, count: int) -> 
     """Waits until the second process has judged the responses of some more steps."""
     notes = run.with_suffix(".notes") / "1"
     size = notes.stat().st_size if notes.exists() else 0
-    while (notes.read_bytes()[size:] if notes.exists() else b"").count(b"\n") < ROWS * count:
+    wanted = ROWS * count + (0 if size else EVALUATED // 2)
+    while (notes.read_bytes()[size:] if notes.exists() else b"").count(b"\n") < wanted:
         for process in processes:
             assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
@@ -214,7 +220,7 @@ def test_each_process_judges_its_own_rows(runs: tuple[Path, Story]) -> None:
     """Half of the prompts each, and together those that a process alone judges."""
     alone, story = runs
     whole = judged(alone)
-    assert set(whole) == {0} and len(whole[0]) == STEPS * 2 * ROWS
+    assert set(whole) == {0} and len(whole[0]) == STEPS * 2 * ROWS + EVALUATED
     assert set(story.judged) == {0, 1}
     for step in range(EVERY + 3):
         here = [story.judged[process][step * ROWS : (step + 1) * ROWS] for process in (0, 1)]
