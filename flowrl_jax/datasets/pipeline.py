@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import io
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -121,6 +122,8 @@ def prepared_builder(config: DataConfig) -> Any:
             builder = module.make_builder(dict(config.options), data_dir)
             if not builder.is_prepared():
                 raise
+    for line in getattr(module, "dropped_lines", lambda _: ())(builder.info.metadata):
+        print(line, file=sys.stderr, flush=True)
     return builder
 
 
