@@ -239,7 +239,7 @@ def test_own_parquet(tmp_path):
         ('{"prompt": "a", "answer": "1", "prompt_id": 4}\n', "'prompt_id' is taken"),
         (
             '{"prompt": "a", "answer": "\\ud800"}\n',
-            r"line 1: 'answer' has half a character \(.ud800\)",
+            "line 1: 'answer' has half a character .U.D800",
         ),
         (b'{"prompt": "\xff"}\n', "line 1: not JSON"),
     ],

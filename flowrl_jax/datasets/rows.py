@@ -16,6 +16,7 @@ import io
 import json
 import pickle
 import re
+import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -309,7 +310,9 @@ class _TextOnly(pickle.Unpickler):
 def _tested_function(solution: str, asserts: str) -> str:
     """The name of the function of a solution that assertions call."""
     try:
-        body = ast.parse(solution).body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about escapes in old programs
+            body = ast.parse(solution).body
     except SyntaxError:
         return ""
     names = [node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
