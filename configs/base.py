@@ -73,7 +73,7 @@ def get_config() -> ml_collections.ConfigDict:
         "options": {},  # fields of the task's own config
     }
     config.data = {
-        "builder": "countdown",  # countdown, stories, or prompts (your own JSONL or parquet)
+        "builder": "countdown",  # countdown, stories, or prompts (docs/data.md)
         "options": {},  # fields of the builder's own config
         "data_dir": "runs/data",  # prepared once, as array_record
         "split": "train",  # or a slice, train[:1000]

@@ -8,6 +8,9 @@ already, 64 prompts make a rollout that is learned from in two steps, and temper
 sampling and of all log-probabilities alike. The reward is 1 for a program that passes all tests and
 0 otherwise; after normalisation within a group this is the same as 1 and -1.
 
+Data: DeepCoder's three sources, several gigabytes that are downloaded when the run starts; its own
+test split is LiveCodeBench v5, which is evaluated on the way.
+
 Hardware: as `math_7b.py`; the models have one shape.
 
 Expected, the paper's table 2 (LiveCodeBench and HumanEval+ in percent, Codeforces as a rating):
@@ -35,9 +38,7 @@ def get_config(preset: str = "flowrl_paper") -> ml_collections.ConfigDict:
     config = math_7b.get_config(preset)
     config.model.path = "models/DeepSeek-R1-Distill-Qwen-7B"
     config.task = {"name": "code", "options": {}}
-    config.data.options.update(
-        train_file="data/deepcoder.jsonl", test_file="data/livecodebench.jsonl"
-    )
+    config.data.options.update(train="deepcoder", test="deepcoder")
     config.rollout.update(prompts_per_step=64, temperature=0.6)
     config.train.updates_per_rollout = 2  # of 32 prompts each
     config.eval.every = 10
