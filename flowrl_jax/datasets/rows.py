@@ -1,11 +1,8 @@
 """From the records of public data sets to rows: prompt, answer, and what tasks read besides.
 
 Each function takes a record and the name of the split, and returns the row, or text that says why
-the record makes none, which is counted. Code problems have `tests`, the JSON text of a list of
-
-    {"type": "stdin", "input": text, "output": text}            a program reads and prints
-    {"type": "call", "input": [arguments], "output": value}     a call of `entry_point`
-    {"type": "assert", "code": text}                            Python run after the program
+the record makes none, which is counted. `tests` of code problems is JSON in the form that the data
+set has; `flowrl_jax.rewards.code` knows these forms, and here only their outline is checked.
 """
 
 from __future__ import annotations
@@ -30,7 +27,6 @@ RowFunction = Callable[[Record, str], Row | str]
 NO_ANSWER = "no answer"
 NO_TESTS = "no tests"
 _CALCULATOR = re.compile(r"<<[^>]*>>")
-_CALL_TYPES = ("functional", "function_call")
 _MBPP_SPLITS = {"test": range(11, 511), "train": range(601, 975)}
 _GAME24_TEST = range(901, 1001)
 
@@ -133,13 +129,12 @@ def humaneval(source: str) -> RowFunction:
     def row(record: Record, split: str) -> Row | str:
         del split
         prompt, entry_point = _text(record, "prompt"), _text(record, "entry_point")
-        test = f"{_text(record, 'test')}\ncheck({entry_point})\n"
-        solution = prompt + _text(record, "canonical_solution")
+        tests = {"prompt": prompt, "test": _text(record, "test"), "entry_point": entry_point}
         return {
-            **_code(prompt, [{"type": "assert", "code": test}], source),
+            **_code(prompt, tests, source),
             "starter_code": prompt,
             "entry_point": entry_point,
-            "solution": solution,
+            "solution": prompt + _text(record, "canonical_solution"),
             "task_id": field(record, "task_id"),
         }
 
@@ -156,10 +151,11 @@ def mbpp(record: Record, split: str) -> Row | str:
     setup, solution = field(record, "test_setup_code"), _text(record, "code").replace("\r\n", "\n")
     listed = "\n".join(asserts)
     prompt = f"{_text(record, 'text')}\nThe code has to pass these tests:\n\n{listed}\n"
-    tests = [{"type": "assert", "code": f"{setup}\n{line}\n".lstrip()} for line in asserts]
+    function = _tested_function(solution, listed)
+    cases = [f"{setup}\n{line}".lstrip() for line in asserts]
     return {
-        **_code(prompt, tests, "mbpp"),
-        "entry_point": _tested_function(solution, listed),
+        **_code(prompt, {"kind": "assert", "cases": cases, "function": function}, "mbpp"),
+        "entry_point": function,
         "solution": solution,
         "task_id": task_id,
     }
@@ -176,26 +172,24 @@ def contest(source: str) -> RowFunction:
     def row(record: Record, split: str) -> Row | str:
         del split
         tests = _json(record, "tests")
-        metadata = record.fields.get("metadata")
-        metadata = _json(record, "metadata") if metadata else {}
-        name, found = source, tests
+        metadata = _json(record, "metadata") if record.fields.get("metadata") else None
+        _check_tests(record, tests)
+        if not (tests["inputs"] if isinstance(tests, dict) else tests):
+            return NO_TESTS
+        name = source
         if isinstance(tests, dict):
-            name, found = "taco", _parallel(record, tests)
-        elif tests and isinstance(tests, list) and isinstance(tests[0], dict):
+            name, function = "taco", tests.get("fn_name")
+        else:
+            function = tests[0].get("fn_name")
             if "testtype" in tests[0]:
-                name = "livecodebench"
+                name, function = "livecodebench", _named_function(record, tests, metadata)
             elif "type" in tests[0]:
                 name = "primeintellect"
-        if not isinstance(found, list) or not all(isinstance(test, dict) for test in found):
-            raise InputError(f"{record.place}: 'tests' is not a list of tests; give one")
-        if not found:
-            return NO_TESTS
-        given = metadata.get("func_name") if isinstance(metadata, dict) else None
-        entry_point = str(given or found[0].get("fn_name") or "")
-        prompt = _text(record, "problem")
-        made = _code(prompt, [_test(record, t, entry_point) for t in found], name)
-        starter_code = record.fields.get("starter_code") or ""
-        return {**made, "starter_code": starter_code, "entry_point": entry_point}
+        return {
+            **_code(_text(record, "problem"), tests, name),
+            "starter_code": record.fields.get("starter_code") or "",
+            "entry_point": function or "",
+        }
 
     return row
 
@@ -203,12 +197,12 @@ def contest(source: str) -> RowFunction:
 def livecodebench(record: Record, split: str) -> Row | str:
     """LiveCodeBench's own files: public and private tests, the latter usually packed."""
     del split
-    metadata = _json(record, "metadata") if record.fields.get("metadata") else {}
-    entry_point = str(metadata.get("func_name") or "")
-    found = [*_json(record, "public_test_cases"), *_private_tests(record)]
-    if not found:
+    metadata = _json(record, "metadata") if record.fields.get("metadata") else None
+    tests = [*_json(record, "public_test_cases"), *_private_tests(record)]
+    _check_tests(record, tests)
+    if not tests:
         return NO_TESTS
-    tests = [_test(record, test, entry_point) for test in found]
+    entry_point = _named_function(record, tests, metadata)
     return {
         **_code(_text(record, "question_content"), tests, "livecodebench"),
         "starter_code": _text(record, "starter_code"),
@@ -236,7 +230,7 @@ def _json(record: Record, name: str) -> Any:
         raise InputError(f"{record.place}: {name!r} is not JSON; copy the file anew") from None
 
 
-def _code(prompt: str, tests: Sequence[Row], source: str) -> Row:
+def _code(prompt: str, tests: Any, source: str) -> Row:
     """A row of a code problem; its tests are text, so that values of any type fit one column."""
     return {
         "prompt": prompt,
@@ -248,42 +242,28 @@ def _code(prompt: str, tests: Sequence[Row], source: str) -> Row:
     }
 
 
-def _parallel(record: Record, tests: Row) -> list[Row]:
-    inputs, outputs = tests.get("inputs"), tests.get("outputs")
-    if not isinstance(inputs, list) or not isinstance(outputs, list) or len(inputs) != len(outputs):
-        raise InputError(f"{record.place}: 'tests' has no inputs and outputs of one length")
-    name = tests.get("fn_name")
-    if name:
-        # The one result of a call lies in a list, as in APPS.
-        outputs = [out[0] if isinstance(out, list) and len(out) == 1 else out for out in outputs]
-    pairs = zip(inputs, outputs, strict=True)
-    return [{"input": given, "output": wanted, "fn_name": name} for given, wanted in pairs]
+def _check_tests(record: Record, tests: Any) -> None:
+    if isinstance(tests, dict):
+        pair = tests.get("inputs"), tests.get("outputs")
+        if not all(isinstance(part, list) for part in pair) or len(pair[0]) != len(pair[1]):
+            raise InputError(f"{record.place}: 'tests' has no inputs and outputs of one length")
+    elif not isinstance(tests, list) or not all(
+        isinstance(test, dict) and {"input", "output"} <= test.keys() for test in tests
+    ):
+        raise InputError(f"{record.place}: 'tests' is not a list of tests with input and output")
 
 
-def _test(record: Record, test: Row, entry_point: str) -> Row:
-    if not {"input", "output"} <= test.keys():
-        raise InputError(f"{record.place}: a test in 'tests' has no input or no output; add it")
-    given, wanted = test["input"], test["output"]
-    kind = test.get("testtype") or test.get("type") or ""
-    if kind not in _CALL_TYPES and not test.get("fn_name"):
-        return {"type": "stdin", "input": _lines(given), "output": _lines(wanted)}
-    if not entry_point:
-        raise InputError(f"{record.place}: 'tests' call a function that nothing names")
-    if isinstance(given, str):
-        # LiveCodeBench: an argument a line, each in JSON, and the result in JSON.
-        try:
-            given = [json.loads(line) for line in given.split("\n")]
-            wanted = json.loads(wanted) if isinstance(wanted, str) else wanted
-        except ValueError:
-            raise InputError(f"{record.place}: a call in 'tests' is not JSON") from None
-    elif isinstance(wanted, list) and len(wanted) == 1 and kind == "function_call":
-        wanted = wanted[0]
-    return {"type": "call", "input": given, "output": wanted}
-
-
-def _lines(value: Any) -> str:
-    """Text of a program's input or output, which may come as a list of its lines."""
-    return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
+def _named_function(record: Record, tests: Sequence[Row], metadata: Any) -> str:
+    """The function that LiveCodeBench's tests call; it is written into them if it stands beside."""
+    if all(test.get("testtype") != "functional" for test in tests):
+        return ""
+    name = metadata.get("func_name") if isinstance(metadata, dict) else None
+    for test in tests:
+        name = name or (test.get("metadata") or {}).get("func_name")
+        test["fn_name"] = name
+    if not name:
+        raise InputError(f"{record.place}: 'tests' call a function that 'metadata' does not name")
+    return str(name)
 
 
 def _private_tests(record: Record) -> list[Row]:
@@ -291,7 +271,7 @@ def _private_tests(record: Record) -> list[Row]:
     try:
         return json.loads(text)
     except ValueError:
-        pass
+        pass  # packed, then
     try:
         return json.loads(_TextOnly(io.BytesIO(zlib.decompress(base64.b64decode(text)))).load())
     except (ValueError, TypeError, EOFError, zlib.error, pickle.UnpicklingError):
