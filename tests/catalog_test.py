@@ -132,7 +132,7 @@ def assertions(row):
     ("name", "path"), [("humaneval", "humaneval/HumanEval.jsonl.gz"), ("mbpp", "mbpp/mbpp.jsonl")]
 )
 def test_references_pass_their_tests(shared_data, tmp_path, name, path):
-    found = source(tmp_path, "test", test=name, test_file=str(shared_data / path)).rows(0, 20)
+    found = source(tmp_path, "test", test=name, test_file=str(shared_data / path)).rows(0, 100)
     for row in found:
         names = run(row["solution"])
         for test in assertions(row):

@@ -63,7 +63,7 @@ def forms(folder, records):
 
 def test_rows_do_not_depend_on_the_form_of_the_file(tmp_path):
     records = [
-        {"prompt": f'Größe, "{i}"\nof x?', "answer": str(i), "level": f"l{i}"} for i in range(150)
+        {"prompt": f'Größe, "{i}"\r\nof x?', "answer": str(i), "level": f"l{i}"} for i in range(150)
     ]
     paths = forms(tmp_path / "files", records)
     assert len(paths) == 10
@@ -219,6 +219,20 @@ def test_short_problems_are_compared_whole():
     assert evaluation.found("...") is None
 
 
+def test_a_share_of_a_problem_counts():
+    words = [f"w{i}" for i in range(32)]
+    text = " ".join(words)  # 20 runs of 13 words
+    for shared, dropped in ((22, True), (21, False), (12, False)):  # 10, 9 and no runs
+        row = " ".join(["but", *words[:shared], "then"])
+        evaluation = cleaning.Evaluation({"e": [text]}, ngram=13, overlap=0.5)
+        assert (evaluation.found(row) is not None) == dropped
+        one = cleaning.Evaluation({"e": [text]}, ngram=13, overlap=0.0)
+        assert (one.found(row) is not None) == (shared > 12)
+    # A problem of as many words as a run has is found within a longer one.
+    evaluation = cleaning.Evaluation({"e": [" ".join(words[:13])]}, ngram=13, overlap=0.5)
+    assert evaluation.found(f"now {text}") == "shares 13 words with e"
+
+
 class _Server(http.server.BaseHTTPRequestHandler):
     content = b""
     asked = 0
@@ -238,7 +252,7 @@ class _Server(http.server.BaseHTTPRequestHandler):
             self.wfile.flush()
             time.sleep(30)
 
-    def log_message(self, *_):
+    def log_message(self, format, *args):
         pass
 
 

@@ -119,7 +119,8 @@ class Cleaner:
         self.kept = 0
         self.dropped: collections.Counter[str] = collections.Counter()
         self._evaluation = evaluation
-        self._seen: dict[bytes, bytes] = {}
+        self._seen: dict[bytes, bytes] = {}  # of a problem: its first answer
+        self._exact: set[bytes] = set()
 
     def clean(self, rows: Iterable[Mapping[str, Any] | str]) -> Iterator[Mapping[str, Any]]:
         """Yields the rows that stay; a row that is text is left out already, for this reason."""
@@ -135,8 +136,12 @@ class Cleaner:
         prompt = row["prompt"]
         if self.config.deduplicate:
             # Digests, not texts, are remembered: 16 bytes a row, whatever its length.
-            key = _digest(_comparable(row.get(name)) for name in self.config.deduplicate)
-            answer = _digest([_comparable(row.get("answer"))])
+            values = [row.get(name) for name in (*self.config.deduplicate, "answer")]
+            exact = _digest(map(_plain, values))
+            if exact in self._exact:  # normalising costs ten times as much
+                return "duplicate"
+            self._exact.add(exact)
+            key, answer = _digest(map(_comparable, values[:-1])), _digest([_comparable(values[-1])])
             if key in self._seen:
                 same = self._seen[key] == answer
                 return "duplicate" if same else "duplicate with another answer"
@@ -162,8 +167,12 @@ def ngrams(text: str, size: int) -> Sequence[str]:
     return [" ".join(words[i : i + size]) for i in range(len(words) - size + 1)]
 
 
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+
 def _comparable(value: Any) -> str:
-    return normalized(value) if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    return normalized(value) if isinstance(value, str) else _plain(value)
 
 
 def _digest(texts: Iterable[str]) -> bytes:

@@ -244,8 +244,8 @@ def _code(prompt: str, tests: Any, source: str) -> Row:
 
 def _check_tests(record: Record, tests: Any) -> None:
     if isinstance(tests, dict):
-        pair = tests.get("inputs"), tests.get("outputs")
-        if not all(isinstance(part, list) for part in pair) or len(pair[0]) != len(pair[1]):
+        given, wanted = tests.get("inputs"), tests.get("outputs")
+        if not (isinstance(given, list) and isinstance(wanted, list) and len(given) == len(wanted)):
             raise InputError(f"{record.place}: 'tests' has no inputs and outputs of one length")
     elif not isinstance(tests, list) or not all(
         isinstance(test, dict) and {"input", "output"} <= test.keys() for test in tests
