@@ -12,12 +12,13 @@ for work of your own.
 Prompts are rendered by the model's own chat template, as in the release: no system message but the
 one that Qwen2.5's template writes by itself.
 
-Data: DAPO-Math-17k, downloaded from its authors when the run starts and stripped of the instruction
-around each problem; AIME 2024 for the evaluation on the way (docs/data.md has all sets by name). The
-file repeats its 17 thousand problems a hundred times, of which one stays. Nothing is left out as
-contaminated, since no release says that anything was; --config.data.options.decontaminate=... does
-that. For files of your own leave `train` empty and set `train_file`; for prompts that carry the
-instruction already, set --config.task.options.wrap=False too.
+Data: DAPO-Math-17k, downloaded from its authors when the run starts and stripped of the
+instruction around each problem; AIME 2024 for the evaluation on the way (docs/data.md has all sets
+by name). The file repeats its 17 thousand problems a hundred times, of which one stays. Nothing is
+left out as contaminated, since no release says that anything was: that is
+--config.data.options.decontaminate="('aime24', 'math500')". For files of your own leave `train`
+empty and set `train_file`; for prompts that carry the instruction already, set
+--config.task.options.wrap=False too.
 
 Hardware: the paper used 8 H800 of 80 GB. Full fine-tuning at 2048 + 8192 tokens with float32 master
 weights and moments fits, with flash attention and by the TPU compiler's account, on 2 v5p, 8 v6e or
