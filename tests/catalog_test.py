@@ -147,6 +147,19 @@ def record(**fields):
     return files.Record("f.jsonl line 7", fields)
 
 
+def test_mbpp_names_the_function_that_is_tested():
+    code = "def helper(x):\n    return x\ndef double(x):\n    return 2 * helper(x)"
+    fields = {"task_id": 11, "text": "Double.", "code": code, "test_setup_code": "k = 4"}
+    asserts = ["assert double(2) == k", "assert sum([double(1)]) == 2"]
+    row = rows.mbpp(record(**fields, test_list=asserts), "test")
+    assert isinstance(row, dict) and row["entry_point"] == "double"
+    assert assertions(row) == [f"k = 4\n{line}" for line in asserts]
+    assert all(line in row["prompt"] for line in asserts)
+    assert isinstance(rows.mbpp(record(**fields, test_list=asserts), "train"), str)
+    with pytest.raises(InputError, match="line 7: 'test_list' is not a list"):
+        rows.mbpp(record(**fields, test_list="assert double(2) == 4"), "test")
+
+
 WRAPPED = (
     "Do it. The last line has the form Answer: $Answer (without quotes).\n\nFind x.\n\nNow.\n\n"
     'Remember "Answer:".'
