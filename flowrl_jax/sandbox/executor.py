@@ -56,7 +56,7 @@ def _run(settings: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
     """Runs the program once, as a command."""
     standard_input = os.memfd_create("stdin")
     with os.fdopen(os.dup(standard_input), "wb") as file:
-        file.write(request["input"].encode("utf-8", "surrogateescape"))
+        file.write(request["input"].encode("utf-8", "replace"))
     os.lseek(standard_input, 0, os.SEEK_SET)
     out, out_end = os.pipe()
     err, err_end = os.pipe()

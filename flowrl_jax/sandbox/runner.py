@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import functools
@@ -46,36 +47,38 @@ class Sandbox:
     """Starts sandboxes; safe to use from several threads.
 
     Args:
-        limits: of each program.
         isolation: "required": new namespaces, or nothing runs. "none": limits, a user of its own
             where this process is root, and no namespaces. "auto": namespaces where the kernel
             allows them, else none and a warning.
+        probing: to find out what the machine allows.
 
     Raises:
         InputError: isolation is required and this machine refuses it, or no such isolation.
     """
 
-    def __init__(self, limits: Limits, isolation: str = "auto"):
+    def __init__(self, isolation: str = "auto", *, probing: bool = False):
         require(
             isolation in ISOLATIONS,
             f"sandbox isolation={isolation!r}: unknown; give one of {', '.join(ISOLATIONS)}",
         )
-        self._limits = limits
         self._namespaces = isolation != "none" and isolate(isolation == "required")
+        if not self._namespaces and os.geteuid() == 0 and not probing:
+            _require_readable()
         self._running: set[subprocess.Popen] = set()
         self._lock = threading.Lock()
         self._closed = False
 
-    def judge(self, job: dict[str, Any]) -> Verdict:
+    def judge(self, job: dict[str, Any], limits: Limits) -> Verdict:
         """Judges one program; returns within the limits and a few seconds, whatever it does.
 
         Args:
             job: `program` (source), `kind` ("stdin", "call" or "assert"), `cases`, and for the last
                 two `function` and `setup`; see `flowrl_jax.rewards.code`.
+            limits: of the program.
         """
-        limits = dataclasses.asdict(self._limits)
-        limits["total_seconds"] = self._limits.total(len(job["cases"]))
-        return self._start({**limits, "namespaces": self._namespaces}, job)
+        settings = dataclasses.asdict(limits)
+        settings["total_seconds"] = limits.total(len(job["cases"]))
+        return self._start({**settings, "namespaces": self._namespaces}, job)
 
     def close(self) -> None:
         """Ends what runs; a program that is judged from now on is refused."""
@@ -88,30 +91,38 @@ class Sandbox:
         token = secrets.token_hex(16)
         folder = _mount_point() if settings["namespaces"] else tempfile.mkdtemp(prefix="flowrl-")
         settings = {**settings, **_paths(), "folder": folder, "parent": os.getpid()}
-        command = [_interpreter(), "-s", "-S", "-P", "-X", "utf8", launcher.__file__]
+        home = "/tmp" if settings["namespaces"] else folder
         try:
+            process = self._launch(json.dumps(settings), _environment(home, token))
+            if process is None:
+                return Verdict("refused", 0, "the task is closed")
+            seconds = settings["total_seconds"] + _GRACE
+            verdict = _verdict(process, json.dumps(job).encode(), seconds)
             with self._lock:
-                if self._closed:
-                    return Verdict("refused", 0, "the task is closed")
-                process = subprocess.Popen(
-                    [*command, json.dumps(settings)],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    env=_environment(folder if not settings["namespaces"] else "/tmp", token),
-                    cwd="/",
-                    start_new_session=True,
-                )
-                self._running.add(process)
-            return _verdict(process, json.dumps(job).encode(), settings["total_seconds"] + _GRACE)
+                self._running.discard(process)
+            return verdict
         except OSError as error:
             return Verdict("refused", 0, f"no process: {error}")
         finally:
-            with self._lock:
-                self._running.discard(process) if "process" in locals() else None
             if not settings["namespaces"]:
                 _sweep(token)
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def _launch(self, settings: str, environment: dict[str, str]) -> subprocess.Popen | None:
+        with self._lock:
+            if self._closed:
+                return None
+            process = subprocess.Popen(
+                [_interpreter(), "-s", "-S", "-P", "-X", "utf8", launcher.__file__, settings],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=environment,
+                cwd="/",
+                start_new_session=True,
+            )
+            self._running.add(process)
+            return process
 
 
 def _verdict(process: subprocess.Popen, job: bytes, seconds: float) -> Verdict:
@@ -133,7 +144,7 @@ def _verdict(process: subprocess.Popen, job: bytes, seconds: float) -> Verdict:
 def _refusal() -> str:
     """Why this machine allows no namespaces; empty where it does."""
     limits = {**dataclasses.asdict(Limits(seconds=20.0)), "total_seconds": 20.0}
-    probe = Sandbox(Limits(), "none")
+    probe = Sandbox("none", probing=True)
     job = {"program": "print(1)", "kind": "stdin", "cases": [["", "1"]]}
     verdict = probe._start({**limits, "namespaces": True}, job)
     return "" if verdict.outcome == "correct" else verdict.detail or verdict.outcome
@@ -158,9 +169,10 @@ def isolate(required: bool) -> bool:
     if refusal:
         logging.warning(
             "sandbox: this machine allows no namespaces (%s): programs of the policy run with"
-            " limits%s alone, and can reach the network and read files",
+            " limits%s alone, and can reach the network and read files%s",
             refusal,
             " and as a user of their own" if os.geteuid() == 0 else "",
+            "" if os.geteuid() == 0 else ", and end this process",
         )
     return not refusal
 
@@ -169,8 +181,6 @@ def isolate(required: bool) -> bool:
 def _mount_point() -> str:
     """An empty folder, over which each sandbox mounts its root where only it sees it."""
     folder = tempfile.mkdtemp(prefix="flowrl-sandbox-")
-    import atexit
-
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
@@ -183,6 +193,22 @@ def _paths() -> dict[str, Any]:
     shown = [*sorted(interpreter - {"/"}), *(path for path in packages if os.path.isdir(path))]
     package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     return {"packages": packages, "shown": shown, "package": package}
+
+
+def _require_readable() -> None:
+    """Refuses a Python that the user of its own, which programs run as, cannot read.
+
+    Raises:
+        InputError: a folder above the standard library is closed to others.
+    """
+    path = os.path.dirname(os.path.realpath(os.__file__))
+    while path != "/":
+        require(
+            os.stat(path).st_mode & 0o001 != 0,
+            f"sandbox without namespaces as root: {path} of this Python is closed to other users,"
+            " and programs run as one; use a Python that everybody can read, or allow namespaces",
+        )
+        path = os.path.dirname(path)
 
 
 def _interpreter() -> str:
