@@ -22,7 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "objectives",
         "models sharding logprobs new_folder",
         "sampler learner train_step buckets optimizer learning_batch",
-        "datasets tasks rewards tokenizers checkpoint integrity evaluation graded metrics"
+        "datasets tasks rewards sandbox tokenizers checkpoint integrity evaluation graded metrics"
         " metric_sinks progress report retention",
         "config sampling_config cli assembly distributed rollouts grading settings planning",
         "train evaluate sample sft convert plan certify quickstart",

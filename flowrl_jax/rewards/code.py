@@ -234,11 +234,15 @@ class _Renamed(ast.NodeTransformer):
     def __init__(self, tree: ast.AST):
         self._names: dict[str, str] = {}
         for node in ast.walk(tree):
-            stored = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-            name = node.id if stored else node.arg if isinstance(node, ast.arg) else None
-            name = node.name if isinstance(node, ast.FunctionDef | ast.ClassDef) else name
-            if name is not None:
-                self._names.setdefault(name, f"name{len(self._names)}")
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                name = node.id
+            elif isinstance(node, ast.arg):
+                name = node.arg
+            elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+                name = node.name
+            else:
+                continue
+            self._names.setdefault(name, f"name{len(self._names)}")
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
         for field in ("id", "arg", "name"):

@@ -12,6 +12,11 @@ from importlib import import_module
 from typing import Any
 
 _PLAIN_INT = 1 << 62
+_COLLECTIONS: tuple[Any, ...] = (tuple, set, frozenset)
+_TYPES = {
+    kind.__name__: kind
+    for kind in (bool, bytes, complex, dict, float, frozenset, int, list, object, set, str, tuple)
+}
 _NUMBERS = (("decimal", "Decimal"), ("fractions", "Fraction"))
 
 
@@ -46,7 +51,7 @@ def encode(value: Any, keep: Callable[[Any], int] = refuse) -> Any:
         return str.__str__(value)
     if isinstance(value, list):
         return [encode(item, keep) for item in list.__iter__(value)]
-    for kind in (tuple, set, frozenset):
+    for kind in _COLLECTIONS:
         if isinstance(value, kind):
             return {kind.__name__: [encode(item, keep) for item in kind.__iter__(value)]}
     if isinstance(value, dict):
@@ -61,6 +66,8 @@ def encode(value: Any, keep: Callable[[Any], int] = refuse) -> Any:
             return {kind: str(value)}
     if isinstance(value, range):
         return {"range": [value.start, value.stop, value.step]}
+    if isinstance(value, type) and value in _TYPES.values():
+        return {"type": value.__name__}
     if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
         return encode(value.tolist(), keep)
     return {"ref": keep(value)}
@@ -75,6 +82,7 @@ _DECODERS: dict[str, Callable[[Any], Any]] = {
         for module, kind in _NUMBERS
     },
     "range": lambda bounds: range(*bounds),
+    "type": _TYPES.__getitem__,
 }
 
 
@@ -95,7 +103,7 @@ def decode(coded: Any, find: Callable[[int], Any] = refuse) -> Any:
     ((kind, body),) = coded.items()
     if kind == "dict":
         return {decode(key, find): decode(item, find) for key, item in body}
-    for collection in (tuple, set, frozenset):
+    for collection in _COLLECTIONS:
         if kind == collection.__name__:
             return collection(decode(item, find) for item in body)
     return find(body) if kind == "ref" else _DECODERS[kind](body)

@@ -48,7 +48,9 @@ def execute(settings: dict[str, Any], requests: int, replies: int) -> None:
     wire.send(replies, {"ready": True})
     while True:
         request = wire.receive(requests)
-        reply = _run(settings, request) if "input" in request else _serve(settings, request, requests)
+        reply = (
+            _run(settings, request) if "input" in request else _serve(settings, request, requests)
+        )
         wire.send(replies, reply)
 
 
@@ -94,8 +96,7 @@ def _serve(settings: dict[str, Any], request: dict[str, Any], requests: int) -> 
     for descriptor in (calls, calls_end, results, results_end, out_end, verdict_end, nothing):
         os.close(descriptor)
     watch = Watch(settings, judging, out, verdict)
-    reply = watch.until(time.monotonic() + settings["total_seconds"], program=child)
-    return reply
+    return watch.until(time.monotonic() + settings["total_seconds"], program=child)
 
 
 def _become_program(settings, standard_input, out, err, seconds, keep=()) -> None:

@@ -22,9 +22,7 @@ def enter_root(settings: dict[str, Any]) -> None:
     """
     kernel.mount("", "/", flags=kernel.MS_REC | kernel.MS_PRIVATE)
     base = settings["folder"]
-    kernel.mount(
-        "tmpfs", base, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "size=1m,mode=0755"
-    )
+    kernel.mount("tmpfs", base, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "size=1m,mode=0755")
     shown: list[str] = []
     for path in (*_SYSTEM, *settings["shown"]):
         inside = any(os.path.commonpath([path, other]) == other for other in shown)

@@ -216,7 +216,7 @@ def _interpreter() -> str:
 
 
 def _environment(folder: str, token: str) -> dict[str, str]:
-    """All that a program finds in its environment: nothing of the trainer's but where libraries are."""
+    """All that a program finds in its environment: of the trainer's, only where libraries are."""
     kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     return {
         **kept,

@@ -1,4 +1,4 @@
-"""The part of a sandbox that is the program: it gives up its privileges, then runs what it was given.
+"""The part of a sandbox that is the program: it gives up privileges, then runs what it was given.
 
 Nothing here can be trusted once the program has begun; it holds no secret and no expected result.
 """

@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from flowrl_jax.errors import InputError
-from flowrl_jax.tasks import countdown, math, stories
+from flowrl_jax.tasks import code, countdown, math, stories
 from flowrl_jax.tasks.base import Row, Task, Verdict, make_config, nearest
 
 __all__ = ["TASKS", "Row", "Task", "TaskConfig", "Verdict", "build"]
 
 TASKS: Mapping[str, tuple[type, Callable[[Any], Task]]] = {
+    "code": (code.CodeConfig, code.Code),
     "countdown": (countdown.CountdownConfig, countdown.Countdown),
     "math": (math.MathConfig, math.Math),
     "stories": (stories.StoriesConfig, stories.Stories),
