@@ -7,9 +7,11 @@ no `__eq__` of the sender's, comes across.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from importlib import import_module
-from typing import Any
+
+TYPE_CHECKING = False  # typing's own would be an import that costs milliseconds of every start
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
 _PLAIN_INT = 1 << 62
 _COLLECTIONS: tuple[Any, ...] = (tuple, set, frozenset)
@@ -78,7 +80,7 @@ _DECODERS: dict[str, Callable[[Any], Any]] = {
     "complex": lambda parts: complex(*parts),
     "bytes": lambda text: text.encode("latin-1"),
     **{
-        kind: lambda text, module=module, kind=kind: getattr(import_module(module), kind)(text)
+        kind: lambda text, module=module, kind=kind: getattr(__import__(module), kind)(text)
         for module, kind in _NUMBERS
     },
     "range": lambda bounds: range(*bounds),

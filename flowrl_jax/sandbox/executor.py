@@ -11,10 +11,13 @@ import select
 import signal
 import sys
 import time
-from typing import Any
 
-from flowrl_jax.sandbox import judge, kernel, wire, worker
+from flowrl_jax.sandbox import kernel, wire, worker
 from flowrl_jax.sandbox.root import enter_root
+
+TYPE_CHECKING = False  # typing's own would be an import that costs milliseconds of every start
+if TYPE_CHECKING:
+    from typing import Any
 
 _LOOK = 0.05  # seconds between looks at the memory
 _KILL_SECONDS = 5.0
@@ -35,6 +38,8 @@ def execute(settings: dict[str, Any], requests: int, replies: int) -> None:
         os.dup2(nothing, standard)
     os.close(nothing)
     os.umask(0o022)
+    if settings["kind"] != "stdin":  # Programs that read and print start without what this costs.
+        import flowrl_jax.sandbox.judge  # noqa: F401  before the package is out of sight
     if settings["namespaces"]:
         try:
             enter_root(settings)
@@ -74,6 +79,8 @@ def _run(settings: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
 
 def _serve(settings: dict[str, Any], request: dict[str, Any], requests: int) -> dict[str, Any]:
     """Has a judge, in a process of its own, call the program's functions."""
+    from flowrl_jax.sandbox import judge
+
     calls, calls_end = os.pipe()
     results, results_end = os.pipe()
     out, out_end = os.pipe()

@@ -1,23 +1,25 @@
 """The process between the trainer and a sandbox: it makes the namespaces and compares output.
 
-Run as `python -I -S launcher.py SETTINGS`, with a job on standard input; the verdict goes to
-standard output. It imports next to nothing, since it starts once for every program.
+Run as `python -S launcher.py` with two messages on standard input, the settings and the job; the
+verdict goes to standard output. It imports next to nothing, since it starts once for every program.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
 import time
-from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 from flowrl_jax.sandbox import kernel, wire
 from flowrl_jax.sandbox.executor import execute, kill_all, members
 from flowrl_jax.sandbox.worker import HIT_LIMIT
+
+TYPE_CHECKING = False  # typing's own would be an import that costs milliseconds of every start
+if TYPE_CHECKING:
+    from typing import Any
 
 _NOBODY = 65534
 _FIRST_USER = 1 << 30
@@ -26,7 +28,7 @@ _GRACE = 2.0
 
 def main() -> None:
     """Judges one program."""
-    settings = json.loads(sys.argv[1])
+    settings = wire.receive(0)
     kernel.die_with_parent()
     if os.getppid() != settings["parent"]:
         return
@@ -53,8 +55,7 @@ def main() -> None:
             os._exit(0)
     os.close(requests)
     os.close(replies_end)
-    with open(0, "rb", closefd=False) as file:
-        job = json.load(file)
+    job = wire.receive(0)
     deadline = time.monotonic() + settings["total_seconds"] + _GRACE
     try:
         verdict = judge(job, requests_end, replies, deadline)
@@ -176,6 +177,8 @@ def called(reply: dict[str, Any]) -> dict[str, Any]:
     if reply["cause"]:
         return {"outcome": reply["cause"], "passed": 0, "detail": "all tests together"}
     try:
+        import json
+
         verdict = json.loads(reply["other"])  # from the pipe that only the judge has
     except ValueError:
         return {"outcome": "error", "passed": 0, "detail": "the judge was killed"}
@@ -230,8 +233,9 @@ def sweep(settings: dict[str, Any]) -> None:
 
 def report(verdict: dict[str, Any]) -> None:
     """Writes the verdict for the trainer."""
-    with open(1, "w", encoding="utf-8", closefd=False) as file:
-        json.dump(verdict, file)
+    lines = f"{verdict['outcome']}\n{verdict['passed']}\n{verdict['detail']}"
+    with open(1, "wb", closefd=False) as file:
+        file.write(lines.encode("utf-8", "replace"))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import secrets
 import shutil
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 from absl import logging
 
 from flowrl_jax.errors import InputError, require
-from flowrl_jax.sandbox import launcher
+from flowrl_jax.sandbox import launcher, wire
 from flowrl_jax.sandbox.limits import ISOLATIONS, Limits
 
 _GRACE = 5.0  # seconds that a launcher has to end things by itself
@@ -91,13 +90,15 @@ class Sandbox:
         token = secrets.token_hex(16)
         folder = _mount_point() if settings["namespaces"] else tempfile.mkdtemp(prefix="flowrl-")
         settings = {**settings, **_paths(), "folder": folder, "parent": os.getpid()}
+        settings["kind"] = job["kind"]
         home = "/tmp" if settings["namespaces"] else folder
         try:
-            process = self._launch(json.dumps(settings), _environment(home, token))
+            process = self._launch(_environment(home, token))
             if process is None:
                 return Verdict("refused", 0, "the task is closed")
             seconds = settings["total_seconds"] + _GRACE
-            verdict = _verdict(process, json.dumps(job).encode(), seconds)
+            messages = b"".join(map(wire.framed, (settings, job)))
+            verdict = _verdict(process, messages, seconds)
             with self._lock:
                 self._running.discard(process)
             return verdict
@@ -108,12 +109,12 @@ class Sandbox:
                 _sweep(token)
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _launch(self, settings: str, environment: dict[str, str]) -> subprocess.Popen | None:
+    def _launch(self, environment: dict[str, str]) -> subprocess.Popen | None:
         with self._lock:
             if self._closed:
                 return None
             process = subprocess.Popen(
-                [_interpreter(), "-s", "-S", "-P", "-X", "utf8", launcher.__file__, settings],
+                [_interpreter(), "-s", "-S", "-P", "-X", "utf8", launcher.__file__],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -125,17 +126,17 @@ class Sandbox:
             return process
 
 
-def _verdict(process: subprocess.Popen, job: bytes, seconds: float) -> Verdict:
+def _verdict(process: subprocess.Popen, messages: bytes, seconds: float) -> Verdict:
     try:
-        out, err = process.communicate(job, timeout=seconds)
+        out, err = process.communicate(messages, timeout=seconds)
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
         return Verdict("timeout", 0, "the sandbox did not end by itself")
     try:
-        found = json.loads(out)
-        return Verdict(found["outcome"], found["passed"], found["detail"])
-    except (ValueError, KeyError):
+        outcome, passed, detail = out.decode().split("\n", 2)
+        return Verdict(outcome, int(passed), detail)
+    except ValueError:
         detail = err.decode("utf-8", "replace").strip().rpartition("\n")[2]
         return Verdict("refused" if detail else "error", 0, detail or "the sandbox was killed")
 

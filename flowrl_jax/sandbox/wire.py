@@ -1,12 +1,18 @@
-"""Messages between the parts of a sandbox: JSON, each after its length."""
+"""Messages between the parts of a sandbox, each after its length.
+
+`send` and `receive` are for parts that trust each other; a program's process is talked to in bytes.
+"""
 
 from __future__ import annotations
 
-import json
+import marshal
 import os
 import select
 import time
-from typing import Any
+
+TYPE_CHECKING = False  # typing's own would be an import that costs milliseconds of every start
+if TYPE_CHECKING:
+    from typing import Any
 
 _HEAD = 8
 
@@ -28,15 +34,24 @@ def send(descriptor: int, message: Any, deadline: float = float("inf")) -> None:
 
     Args:
         descriptor: of a pipe.
-        message: whatever JSON can hold.
+        message: of plain data.
         deadline: on `time.monotonic`'s clock.
 
     Raises:
         Ended: nobody reads any more.
         Late: the message is not taken before the deadline.
     """
-    body = json.dumps(message).encode()
-    left = memoryview(len(body).to_bytes(_HEAD, "big") + body)
+    send_bytes(descriptor, marshal.dumps(message), deadline)
+
+
+def framed(message: Any) -> bytes:
+    """Returns what `send` writes."""
+    return _framed(marshal.dumps(message))
+
+
+def send_bytes(descriptor: int, body: bytes, deadline: float = float("inf")) -> None:
+    """Writes a message of bytes; arguments and exceptions as those of `send`."""
+    left = memoryview(_framed(body))
     os.set_blocking(descriptor, False)
     while left:
         _wait(descriptor, select.POLLOUT, deadline)
@@ -48,8 +63,13 @@ def send(descriptor: int, message: Any, deadline: float = float("inf")) -> None:
             raise Ended from error
 
 
-def receive(descriptor: int, deadline: float = float("inf"), longest: int = 1 << 62) -> Any:
-    """Reads a message.
+def receive(descriptor: int, deadline: float = float("inf")) -> Any:
+    """Reads a message; arguments and exceptions as those of `receive_bytes`."""
+    return marshal.loads(receive_bytes(descriptor, deadline))
+
+
+def receive_bytes(descriptor: int, deadline: float = float("inf"), longest: int = 1 << 62) -> bytes:
+    """Reads a message of bytes.
 
     Args:
         descriptor: of a pipe.
@@ -60,12 +80,15 @@ def receive(descriptor: int, deadline: float = float("inf"), longest: int = 1 <<
         Ended: nobody writes any more.
         Late: the message is not complete before the deadline.
         TooLong: it is longer than allowed.
-        ValueError: it is no JSON.
     """
     length = int.from_bytes(_read(descriptor, _HEAD, deadline), "big")
     if length > longest:
         raise TooLong
-    return json.loads(_read(descriptor, length, deadline))
+    return _read(descriptor, length, deadline)
+
+
+def _framed(body: bytes) -> bytes:
+    return len(body).to_bytes(_HEAD, "big") + body
 
 
 def _read(descriptor: int, length: int, deadline: float) -> bytes:

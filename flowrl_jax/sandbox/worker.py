@@ -6,15 +6,17 @@ Nothing here can be trusted once the program has begun; it holds no secret and n
 from __future__ import annotations
 
 import errno
-import json
 import os
 import resource
 import signal
 import sys
 import types
-from typing import Any
 
 from flowrl_jax.sandbox import codec, kernel, wire
+
+TYPE_CHECKING = False  # typing's own would be an import that costs milliseconds of every start
+if TYPE_CHECKING:
+    from typing import Any
 
 HIT_LIMIT = 86
 """Exit status of a program that ended by an exception for want of something."""
@@ -80,7 +82,10 @@ def serve(program: str, calls: int, results: int) -> None:
     """
     namespace: dict[str, Any] = {}
     status = _execute(program, "program", namespace)
-    wire.send(results, {"began": status})
+    # Imported when there are functions to call: programs that read and print start without it.
+    import json
+
+    wire.send_bytes(results, json.dumps({"began": status}).encode())
     objects: list[Any] = []
 
     def keep(value: Any) -> int:
@@ -88,16 +93,16 @@ def serve(program: str, calls: int, results: int) -> None:
         return len(objects) - 1
 
     while status == 0:
-        request = wire.receive(calls)
+        request = json.loads(wire.receive_bytes(calls))
         try:
             arguments = codec.decode(request["arguments"], objects.__getitem__)
             named = codec.decode(request["named"], objects.__getitem__)
             value = _perform(request["do"], namespace, arguments, named)
-            reply = {"value": codec.encode(value, keep)}
-            json.dumps(reply)
+            reply = json.dumps({"value": codec.encode(value, keep)})
         except BaseException as error:
-            reply = {"raised": type(error).__name__, "text": _text(error), "status": _status(error)}
-        wire.send(results, reply)
+            raised = {"raised": type(error).__name__, "text": _text(error)}
+            reply = json.dumps({**raised, "status": _status(error)})
+        wire.send_bytes(results, reply.encode())
 
 
 def _perform(do: str, namespace: dict[str, Any], arguments: list[Any], named: dict) -> Any:
