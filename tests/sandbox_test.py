@@ -161,7 +161,7 @@ print(tried(lambda: open('%(file)s').read()))
 print(tried(lambda: open('%(file)s', 'w')))
 print(tried(lambda: open('/usr/written', 'w')))
 print(tried(lambda: open('/written', 'w')))
-print(tried(lambda: os.listdir('/root')))
+print(tried(lambda: open('/root/.bashrc')))
 print(tried(lambda: os.listdir('/home')))
 print(tried(lambda: socket.create_connection(('127.0.0.1', %(port)d), 1)))
 print(tried(lambda: socket.create_connection(('192.0.2.1', 80), 1)))
@@ -253,11 +253,16 @@ def test_no_program_makes_itself_right(sandbox, number):
 
 
 def test_tests_decide_by_python_and_not_by_what_the_program_calls_by_its_names(sandbox):
-    cheat = "def f(x):\n    return 5\nclass math:\n    isclose = lambda *_: True\nset = abs = all = f"
+    cheat = (
+        "def f(x):\n    return 5\nclass math:\n    isclose = lambda *_: True\nset = abs = all = f"
+    )
     assert check(sandbox, cheat, "assert math.isclose(f(2), 4)").outcome == "wrong"
     assert check(sandbox, cheat, "assert set([f(2)]) == set([4])").outcome == "wrong"
     # But a function under test may have a name that Python has too.
-    assert check(sandbox, "def sum(x):\n    return 9", "assert sum(1) == 9", function="sum")[0] == "correct"
+    assert (
+        check(sandbox, "def sum(x):\n    return 9", "assert sum(1) == 9", function="sum")[0]
+        == "correct"
+    )
 
 
 def test_the_bytes_of_expected_output_are_not_in_the_programs_memory(sandbox):
@@ -276,7 +281,9 @@ for line in open('/proc/self/maps'):
 print(found)
 """
     # The process may not be allowed to read itself, which is as good.
-    verdict = run(sandbox, program, given="x", expected="needle-in-memory", limits=Limits(seconds=9))
+    verdict = run(
+        sandbox, program, given="x", expected="needle-in-memory", limits=Limits(seconds=9)
+    )
     assert verdict.outcome in ("wrong", "error")
     assert "needle" not in verdict.detail
 
@@ -307,7 +314,9 @@ def test_close_ends_what_runs_and_refuses_what_comes():
         pytest.skip("this machine allows no namespaces")
     sandbox, found = Sandbox("required"), []
     limits = Limits(seconds=60)
-    thread = threading.Thread(target=lambda: found.append(run(sandbox, "while 1: pass", limits=limits)))
+    thread = threading.Thread(
+        target=lambda: found.append(run(sandbox, "while 1: pass", limits=limits))
+    )
     thread.start()
     while not sandbox._running:
         time.sleep(0.01)
