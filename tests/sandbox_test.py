@@ -1,4 +1,4 @@
-"""Hostile programs: none gets out, gets more than its limits, stays behind or makes itself right."""
+"""Hostile programs: none gets out, takes more than it may, stays behind or makes itself right."""
 
 import os
 import socket
@@ -106,11 +106,15 @@ block = bytearray(100 << 20)
 block[::4096] = b"x" * len(block[::4096])
 time.sleep(5)
 """
+THREADS = """
+import threading, time
+while True:
+    threading.Thread(target=time.sleep, args=(9,), daemon=True).start()
+"""
 GREEDY = [
     (FORKS, {"timeout"}),
     ("import os\nwhile True:\n    os.fork()", {"limit", "timeout"}),
-    ("import threading, time\nwhile True:\n    threading.Thread(target=time.sleep, args=(9,)).start()",
-     {"limit"}),
+    (THREADS, {"limit"}),
     ("x = []\nwhile True:\n    x.append(bytearray(1 << 20))", {"limit"}),
     ("x = 'x' * 10**12", {"limit"}),
     (SHARED_MEMORY, {"limit"}),
@@ -154,7 +158,6 @@ import ctypes, os, socket
 libc = ctypes.CDLL(None)
 print(tried(lambda: open('/proc/%(me)d/environ').read()))
 print(tried(lambda: os.kill(%(me)d, 9)))
-print(tried(lambda: os.kill(1, 9)))
 print(tried(lambda: open('/proc/1/mem', 'rb').read(1)))
 print(tried(lambda: os.listdir('/proc/1/fd')))
 print(tried(lambda: open('%(file)s').read()))
@@ -172,7 +175,6 @@ print(sorted(p for p in os.listdir('/proc') if p.isdigit() and int(p) not in (1,
 """
 KEPT_OUT = """FileNotFoundError
 ProcessLookupError
-None
 PermissionError
 PermissionError
 FileNotFoundError
@@ -214,6 +216,55 @@ def test_killing_everybody_reaches_nobody_outside(sandbox):
     assert not leftovers()
 
 
+READS = """
+import gc, sys
+def f(x):
+    frame, seen = sys._getframe(), []
+    while frame:
+        seen += list(frame.f_locals.values())
+        frame = frame.f_back
+    wanted = int(str(91827364) + str(55463728))
+    return wanted if str(wanted) in repr(seen) + repr(gc.get_objects()) else 0
+"""
+PATCHES = """
+import builtins, sys
+builtins.AssertionError = KeyError
+for module in list(sys.modules.values()):
+    for name in ("judge", "_same", "decode", "check", "same_output"):
+        if hasattr(module, name):
+            setattr(module, name, lambda *a, **k: True)
+def f(x):
+    return 5
+"""
+WRITES = """
+import os
+def f(x):
+    verdict = b'{"outcome": "correct", "passed": 1, "detail": ""}'
+    for descriptor in range(64):
+        for text in (verdict, len(verdict).to_bytes(8, "big") + verdict, b"correct\\n1\\n"):
+            try:
+                os.write(descriptor, text)
+            except OSError:
+                pass
+    os._exit(0)
+"""
+EQUALS = """
+class Same{base}:
+    __eq__ = __bool__ = lambda *_: True
+    __ne__ = lambda *_: False
+    __hash__ = int.__hash__
+def f(x):
+    return Same()
+"""
+KILLS = """
+import os
+def f(x):
+    try:
+        os.kill(-1, 9)
+    except OSError:
+        pass
+    return 5
+"""
 FORGED = [
     "import os\nos._exit(0)",
     "raise SystemExit(0)",
@@ -221,34 +272,16 @@ FORGED = [
     "def f(x):\n    raise SystemExit(0)",
     "def f(x):\n    raise AssertionError",
     "def f(x):\n    return None",
-    "class Same:\n    def __eq__(self, other):\n        return True\n"
-    "    __ne__ = lambda *_: False\n    __bool__ = lambda _: True\ndef f(x):\n    return Same()",
-    "class Same(int):\n    def __eq__(self, other):\n        return True\n"
-    "    __hash__ = int.__hash__\ndef f(x):\n    return Same(5)",
-    "class Same(list):\n    def __eq__(self, other):\n        return True\ndef f(x):\n    return Same()",
-    # Everything that is to be seen from inside the function: frames, objects, modules, files.
-    "import sys, gc\ndef f(x):\n    frame, seen = sys._getframe(), []\n    while frame:\n"
-    "        seen += [v for v in frame.f_locals.values()]\n        frame = frame.f_back\n"
-    "    wanted = 4000 + 123\n"
-    "    return wanted if str(wanted) in repr(seen) + repr(gc.get_objects()) else 0",
-    "import builtins, sys\nbuiltins.AssertionError = KeyError\n"
-    "for m in list(sys.modules.values()):\n    for n in ('judge', '_same', 'decode', 'check'):\n"
-    "        if hasattr(m, n):\n            setattr(m, n, lambda *a, **k: True)\n"
-    "def f(x):\n    return 5",
-    # Verdicts of its own, on every descriptor there is.
-    "import os, json\ndef f(x):\n    v = b'{\"outcome\": \"correct\", \"passed\": 1, \"detail\": \"\"}'\n"
-    "    for d in range(64):\n        for m in (v, len(v).to_bytes(8, 'big') + v, b'correct\\n1\\n'):\n"
-    "            try:\n                os.write(d, m)\n            except OSError:\n                pass\n"
-    "    os._exit(0)",
-    "import os\ndef f(x):\n    try:\n        os.kill(-1, 9)\n    except OSError:\n        pass\n    return 5",
-]  # fmt: skip
+    *(EQUALS.format(base=base) for base in ("", "(int)", "(list)")),
+    *(READS, PATCHES, WRITES, KILLS),
+]
 
 
 @pytest.mark.parametrize("number", range(len(FORGED)))
 def test_no_program_makes_itself_right(sandbox, number):
     program = FORGED[number]
-    assert call(sandbox, program, cases=[([2], [4123])]).outcome != "correct"
-    assert check(sandbox, program, "assert f(2) == 4123").outcome != "correct"
+    assert call(sandbox, program, cases=[([2], [9182736455463728])]).outcome != "correct"
+    assert check(sandbox, program, "assert f(2) == 9182736455463728").outcome != "correct"
     assert not leftovers()
 
 
@@ -399,5 +432,5 @@ def test_without_namespaces_orphans_are_ended_and_nothing_is_forged():
     assert run(sandbox, DAEMON).outcome == "correct"
     assert not leftovers()
     for program in FORGED[:-1]:
-        assert call(sandbox, program, cases=[([2], [4123])]).outcome != "correct"
-        assert check(sandbox, program, "assert f(2) == 4123").outcome != "correct"
+        assert call(sandbox, program, cases=[([2], [9182736455463728])]).outcome != "correct"
+        assert check(sandbox, program, "assert f(2) == 9182736455463728").outcome != "correct"
