@@ -1,5 +1,6 @@
 """Hostile programs: none gets out, takes more than it may, stays behind or makes itself right."""
 
+import dataclasses
 import os
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from flowrl_jax.sandbox.limits import Limits
 from flowrl_jax.sandbox.runner import Sandbox
 
 LIMITS = Limits(seconds=1.5, memory_mb=256, disk_mb=8, output_mb=1, processes=16)
+PATIENT = dataclasses.replace(LIMITS, seconds=20.0)  # the machine may be busy
 SECRET = "a-token-of-the-trainer"
 ME = os.getpid()
 MARK = f"sandbox-test-of-{ME}"  # in the environment of all that is started here, as its token
@@ -31,8 +33,8 @@ def leftovers() -> list[str]:
             continue
         try:
             ours = MARK.encode() in Path("/proc", name, "environ").read_bytes()
-        except PermissionError:
-            ours = True  # as is so for sandboxes of somebody who is not root
+        except PermissionError:  # as is so for sandboxes of somebody who is not root
+            ours = f"Uid:\t{os.geteuid()}\t" in Path("/proc", name, "status").read_text()
         except OSError:
             continue
         if ours and launcher.__file__.encode() in command:
@@ -104,7 +106,7 @@ for _ in range(2):
     os.fork()
 block = bytearray(100 << 20)
 block[::4096] = b"x" * len(block[::4096])
-time.sleep(5)
+time.sleep(30)
 """
 THREADS = """
 import threading, time
@@ -118,7 +120,7 @@ GREEDY = [
     ("x = []\nwhile True:\n    x.append(bytearray(1 << 20))", {"limit"}),
     ("x = 'x' * 10**12", {"limit"}),
     (SHARED_MEMORY, {"limit"}),
-    ("f = open('/tmp/a', 'wb')\nwhile True:\n    f.write(b'x' * 65536)", {"limit"}),
+    ("f = open('a', 'wb')\nwhile True:\n    f.write(b'x' * 65536)", {"limit"}),
     ("for i in range(9**9):\n    open(f'a{i}', 'wb').write(b'x' * 65536)", {"limit"}),
     ("files = [open('/dev/null') for _ in range(10**6)]", {"limit"}),
     ("while True:\n    print('x' * 10000)", {"limit"}),
@@ -142,7 +144,8 @@ GREEDY = [
 @pytest.mark.parametrize("number", range(len(GREEDY)))
 def test_what_takes_too_much_is_ended_and_counted(sandbox, number):
     program, outcomes = GREEDY[number]
-    assert run(sandbox, program).outcome in outcomes
+    limits = LIMITS if "timeout" in outcomes else PATIENT
+    assert run(sandbox, program, limits=limits).outcome in outcomes
     assert not leftovers()
 
 
@@ -169,7 +172,7 @@ print(tried(lambda: os.listdir('/home')))
 print(tried(lambda: socket.create_connection(('127.0.0.1', %(port)d), 1)))
 print(tried(lambda: socket.create_connection(('192.0.2.1', 80), 1)))
 print(libc.mount(b'x', b'/tmp', b'tmpfs', 0, b''), libc.ptrace(16, 1, 0, 0))
-print(tried(lambda: os.setuid(0)))
+print(tried(lambda: os.setuid(0)) is None)
 print(libc.unshare(0x20000), %(secret)r in str(os.environ), len(os.listdir('/tmp')))
 print(sorted(p for p in os.listdir('/proc') if p.isdigit() and int(p) not in (1, os.getpid())))
 """
@@ -186,7 +189,7 @@ FileNotFoundError
 OSError
 OSError
 -1 -1
-PermissionError
+False
 -1 False 0
 []"""
 
@@ -422,7 +425,8 @@ def readable_python() -> bool:
 @pytest.mark.parametrize("number", [0, 3, 6, 9, 11, 12, 13])
 def test_without_namespaces_limits_hold(number):
     program, outcomes = GREEDY[number]
-    assert run(Sandbox("none"), program).outcome in outcomes
+    limits = LIMITS if "timeout" in outcomes else PATIENT
+    assert run(Sandbox("none"), program, limits=limits).outcome in outcomes
     assert not leftovers()
 
 
