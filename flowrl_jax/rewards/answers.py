@@ -1,9 +1,9 @@
-"""Answers as text: where a response states one, the form it is written in, and when two are equal.
+"""Answers as text: the form in which spelling does not count, and when two answers are equal.
 
 Nothing here needs a computer algebra system. `compare` takes answers apart (lists, tuples,
 intervals, matrices, either sign) and compares the pieces by a function of its caller: with
-`plain_leaf`, which knows exact numbers and words, it is the fast path of the verifier; with one that
-also asks sympy it is the rest. Every step is linear in the text, which is at most `LONGEST` long.
+`plain_leaf`, which knows exact numbers and words, it is the fast path of the verifier; with one
+that also asks sympy it is the rest.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _REWRITTEN = tuple(
         (r"\\lt(?![a-zA-Z])", "<"),
         (r"\\gt(?![a-zA-Z])", ">"),
         (r"\\(?:vec|overline|mathbb|mathcal)\s*(?=[A-Za-z])", ""),
-        (r"[−–]", "-"),
+        (r"[\u2212\u2013]", "-"),
         (r"π", r"\\pi "),
         (r"∞", r"\\infty "),
         (r"√(\w)", r"\\sqrt{\1}"),
         (r"\\(?:cdotp|cdot)(?![a-zA-Z])|\\ast\b|·", r"\\cdot "),
-        (r"×", r"\\times "),
+        (r"\u00d7", r"\\times "),
         (r"\\(?:lbrace|\{)", r"\\{"),
         (r"\\(?:rbrace|\})", r"\\}"),
         (r"\\emptyset|\\O(?![a-zA-Z])|∅", r"\\varnothing "),
@@ -53,15 +53,16 @@ _REWRITTEN = tuple(
     )
 )
 # A unit closes an answer. What follows a number and is none of these words is taken for one.
-_NO_UNITS = frozenset(
+_NO_UNITS = (
     "hundred thousand million billion trillion dozen dozens percent and or over out of to times"
-    " plus minus pi sqrt half squared cubed not if for when where is are equals mod modulo"
-    " none no plus-minus factorial thirds third quarters quarter halves fifths factorials".split()
+    " plus minus pi sqrt half halves third thirds quarter quarters squared cubed factorial"
+    " factorials not no none if for when where is are equals mod modulo"
 )
-_UNITS = frozenset(
+_UNITS = (
     "cm mm km dm nm ft in yd mi kg mg lb lbs oz ml cl dl mph kph hr hrs min sec ms am pm hz khz mhz"
-    " usd eur deg rad cal ev gev mev au ly erg pc mol atm bar psi ohm kj kw mw gb mb kb".split()
+    " usd eur deg rad cal ev gev mev au ly erg pc mol atm bar psi ohm kj kw mw gb mb kb"
 )
+_NO_UNIT_WORDS, _UNIT_WORDS = frozenset(_NO_UNITS.split()), frozenset(_UNITS.split())
 _UNIT = re.compile(
     rf"(?<=[\d}}a-z\)])\s*(?:{_TEXT}\s*\{{\s*(?P<text>[a-zA-Z°][^{{}}]*)\}}|\s(?P<words>[a-zA-Z]{{2,}}"
     r"(?:[ /]+[a-zA-Z]+){0,4}))(?:\s*\^\s*\{?-?[23]\}?)?\.?$"
@@ -119,9 +120,9 @@ def normal_form(answer: str, *, grouped: bool = True) -> str:
 
 def _is_unit(words: str, *, wrapped: bool) -> bool:
     found = re.findall(r"[a-zA-Z]+", words.lower())
-    if not found or any(word in _NO_UNITS for word in found):
+    if not found or any(word in _NO_UNIT_WORDS for word in found):
         return False
-    return wrapped or found[0] in _UNITS or len(found[0]) >= 4
+    return wrapped or found[0] in _UNIT_WORDS or len(found[0]) >= 4
 
 
 def compare(gold: str, found: str, leaf: Leaf) -> bool | None:

@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from flowrl_jax.errors import InputError
 
@@ -154,7 +154,9 @@ def load_function(name: str) -> Function:
             f"reward function {name!r}: write it as module:function or path.py:function"
         )
     try:
-        module = _module_of(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+        module = (
+            _module_of(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+        )
     except InputError:
         raise
     except Exception as error:
@@ -162,7 +164,7 @@ def load_function(name: str) -> Function:
     found = getattr(module, function, None)
     if not callable(found):
         raise InputError(f"reward function {name!r}: {where} has no function {function!r}")
-    return found
+    return cast(Function, found)
 
 
 def _module_of(path: Path) -> Any:
@@ -177,9 +179,7 @@ def _module_of(path: Path) -> Any:
     return module
 
 
-def call_function(
-    function: Function, name: str, response: str, row: Mapping[str, Any]
-) -> float:
+def call_function(function: Function, name: str, response: str, row: Mapping[str, Any]) -> float:
     """Returns what a user's reward says of a response.
 
     Args:
@@ -196,7 +196,9 @@ def call_function(
         value = function(response, row)
         number = float(value)
     except Exception as error:
-        raise InputError(f"{asked}: {_line(error)}; mend it, every response needs a number") from error
+        raise InputError(
+            f"{asked}: {_line(error)}; mend it, every response needs a number"
+        ) from error
     if not math.isfinite(number):
         raise InputError(f"{asked}: returned {value!r}; rewards must be finite")
     return number

@@ -1,8 +1,9 @@
 """Where a response states its answer.
 
-In this order: the last \\boxed or the last line that begins with "Answer:", whichever comes later;
-"answer:" within a line; "the answer is ..."; the last formula or number. The whole response is searched, as the paper's
-evaluation does, and one answer counts: a response cannot name several and be right by one of them.
+In this order: the last \\boxed or the last line that begins with "Answer:", whichever comes
+later; "answer:" within a line; "the answer is ..."; the last formula or number. The whole response
+is searched, as the paper's evaluation does, and one answer counts: a response cannot name several
+and be right by one of them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import re
 from flowrl_jax.rewards.answers import LONGEST, last_boxed
 
 _LINE = re.compile(
-    r"^[ \t]*(?:[#*>\-]{1,6}[ \t]*)?(?:(?:the|my|so|thus|hence)[ \t,]+)?(?:final[ \t]+)?answer\W{0,4}:\**|^####",
+    r"^[ \t]*(?:[#*>\-]{1,6}[ \t]*)?(?:(?:the|my|so|thus|hence)[ \t,]+)?(?:final[ \t]+)?"
+    r"answer\W{0,4}:\**|^####",
     re.IGNORECASE | re.MULTILINE,
 )
 _LABEL = re.compile(r"answer\W{0,4}:\**", re.IGNORECASE)
@@ -50,10 +52,10 @@ def extract(response: str) -> str | None:
 
 
 def _last(label: re.Pattern[str], text: str) -> tuple[int, str] | None:
-    place = None
-    for place in label.finditer(text):
-        pass
-    return None if place is None else (place.start(), text[place.end() : place.end() + LONGEST + 2])
+    found = None
+    for match in label.finditer(text):
+        found = match
+    return None if found is None else (found.start(), text[found.end() : found.end() + LONGEST + 2])
 
 
 def _first_line(text: str) -> str | None:

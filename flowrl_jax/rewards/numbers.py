@@ -1,4 +1,4 @@
-"""Exact numbers as answers write them: integers, decimals, fractions, percentages, powers of ten."""
+"""Exact numbers as answers write them: integers, decimals, fractions, percentages, powers of 10."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _terminates(value: Fraction) -> bool:
 
 
 def read_number(text: str) -> Number | None:
-    """Returns the number that an answer in normal form is; None if it is none, or too long a one."""
+    """Returns the number that an answer in normal form is; None if it is none or too long."""
     if not text or len(text) > MOST_DIGITS or not any(mark.isdecimal() for mark in text):
         return None
     if not text.isascii():

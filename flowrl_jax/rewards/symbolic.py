@@ -3,9 +3,9 @@
 math-verify (https://github.com/huggingface/Math-Verify) reads the LaTeX. Its time limits are alarm
 signals, which are switched off: the pool kills a worker that takes too long. It gets an answer's
 pieces one by one, as `answers.compare` takes them apart. Two expressions are compared by their
-values at random points, which tells `1/2004!` from `1/2006!` where math-verify calls both 0 and knows
-equal ones that no simplification shows to be equal; its own comparison is for everything that
-has no value at a point: equations, inequalities, sets, functions.
+values at random points, which tells `1/2004!` from `1/2006!` where math-verify calls both 0, and
+takes no luck with simplification; math-verify's own comparison is for what has no value at a point:
+equations, inequalities, sets, functions.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def leaf(gold: str, found: str) -> bool | None:
 @functools.lru_cache(maxsize=256)
 def read(answer: str) -> Any:
     """Returns the sympy object that an answer in normal form stands for; None if it is none."""
-    found = parse(f"\\boxed{{{answer}}}", fallback_mode="no_fallback", parsing_timeout=None)
+    found = parse(f"\\boxed{{{answer}}}", fallback_mode="no_fallback", parsing_timeout=0)
     return found[0] if found else None
 
 

@@ -1,8 +1,8 @@
 """The program of a worker process: reads items, runs one function on each, writes what it returns.
 
-Started by `flowrl_jax.rewards.workers`, never by hand. It imports the function's module and nothing
-else of this package. A message is its length in eight bytes and JSON; standard output is not used for
-them, so that what a library prints cannot be taken for an answer.
+Started by `flowrl_jax.rewards.workers`, never by hand. It imports the function's module and
+nothing else of this package. A message is its length in eight bytes and JSON; standard output is
+not used for them, so that what a library prints cannot be taken for an answer.
 """
 
 from __future__ import annotations

@@ -118,9 +118,7 @@ class WorkerPool:
         _end(self._closed, hosts, threads)
         with contextlib.suppress(queue.Empty):
             while True:
-                self._items.get_nowait()[1].set_exception(
-                    RuntimeError("the worker pool is closed")
-                )
+                self._items.get_nowait()[1].set_exception(RuntimeError("the worker pool is closed"))
 
     def _start(self) -> None:
         with self._lock:
@@ -130,9 +128,7 @@ class WorkerPool:
                 _Host(self.function, self.limit, self.memory) for _ in range(self._workers)
             ]
             self._threads = [
-                threading.Thread(
-                    target=_serve, args=(host, self._items, self._closed), daemon=True
-                )
+                threading.Thread(target=_serve, args=(host, self._items, self._closed), daemon=True)
                 for host in self._hosts
             ]
             for thread in self._threads:
@@ -154,7 +150,7 @@ def _serve(
     items: queue.Queue[tuple[Any, Future[Outcome]]],
     closed: threading.Event,
 ) -> None:
-    """A worker's thread. The kernel ties the worker's life to it, so it lives as long as the pool."""
+    """A worker's thread. It lives as long as the pool: the kernel kills the worker with it."""
     try:
         while not closed.is_set():
             try:
@@ -263,8 +259,8 @@ class _Host:
         self._replies, child_replies = os.pipe()
         os.set_blocking(self._requests, False)
         settings = (child_requests, child_replies, self.function, self.memory, os.getpid())
-        # The modules that this process sees, whatever its working directory; none is run first,
-        # as multiprocessing would run the main one.
+        # The modules that this process sees. Not through multiprocessing, which would run the main
+        # one first, and with it jax; not with the program's own folder, which has a math.py.
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         self._process = subprocess.Popen(
             [sys.executable, worker_main.__file__, *map(str, settings)],
