@@ -88,6 +88,19 @@ def equal_values(left: Any, right: Any) -> bool | None:
     return True
 
 
+def _warm_up() -> None:
+    """Fills the parser's and sympy's tables, which every worker that is forked then has."""
+    for gold, found in (
+        ("\\frac{\\sqrt{3}x+1}{2}", "(1+x\\sqrt3)/2"),
+        ("x^2-y_1", "-y_1+x\\cdot x"),
+        ("y=2x+3", "2x-y+3=0"),
+        ("-2\\le x<\\pi", "[-2,\\pi)"),
+        ("\\log_2 8-\\sin(\\theta)", "3-\\sin\\theta"),
+        ("\\binom{5}{2}e^{2i}", "10 \\cdot e^{2i}"),
+    ):
+        equal((gold, found))
+
+
 def _coordinate(name: Any, rng: random.Random, low: int) -> Any:
     if str(name) == "i":
         return sympy.I
@@ -113,3 +126,6 @@ def _agree(left: Any, right: Any, point: dict[Any, Any]) -> bool | None:
         raise
     except Exception:
         return None
+
+
+_warm_up()

@@ -1,20 +1,25 @@
-"""The program of a worker process: reads items, runs one function on each, writes what it returns.
+"""The program that worker processes are forked from: it imports their function once.
 
-Started by `flowrl_jax.rewards.workers`, never by hand. It imports the function's module and
-nothing else of this package. A message is its length in eight bytes and JSON; standard output is
-not used for them, so that what a library prints cannot be taken for an answer.
+Started by `flowrl_jax.rewards.workers`, never by hand. It imports the function's module and nothing
+else of this package, and runs no thread, so that its forks are sound; a worker that was killed is
+replaced in milliseconds. A message is its length in eight bytes and JSON, over pipes of its own, so
+that what a library prints cannot be taken for an answer.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import gc
 import importlib
 import json
 import math
 import os
 import resource
 import signal
+import socket
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
@@ -26,32 +31,90 @@ GRACE = 5
 _PR_SET_PDEATHSIG = 1
 
 
-def main(requests: int, replies: int, function: str, memory: int, parent: int) -> int:
-    """Serves until the other end of the pipe is closed.
+def main(control: socket.socket, function: str, memory: int, parent: int) -> int:
+    """Forks workers as it is told, until the other end of the socket is closed.
 
     Args:
-        requests: file descriptor of the items.
-        replies: file descriptor of the results.
+        control: with two file descriptors comes the order for a worker that serves them, answered
+            by its process id; without, the order to wait for the end of one, answered by its exit
+            code, or null where it does not end in time.
         function: "module:name".
-        memory: bytes of address space; 0 for no limit.
+        memory: bytes of address space of a worker; 0 for no limit.
         parent: process id of the one that started this one.
     """
     _die_with(parent)
-    if memory:
-        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    reader, writer = os.fdopen(requests, "rb"), os.fdopen(replies, "wb")
     try:
         module, _, name = function.partition(":")
         run = getattr(importlib.import_module(module), name)
     except Exception as error:
-        write(writer, {"status": "failed", "value": one_line(error)})
+        control.sendall(json.dumps(one_line(error)).encode())
         return 1
-    write(writer, {"status": "ready", "value": None})
+    gc.freeze()  # the forks share what is imported
+    control.sendall(json.dumps(None).encode())
+    workers: set[int] = set()
+    while True:
+        order, pipes, _, _ = socket.recv_fds(control, 256, 2)
+        if not order:
+            break
+        if len(pipes) == 2:
+            pid = os.fork()
+            if pid == 0:
+                control.close()
+                _work(run, pipes[0], pipes[1], memory, os.getppid())
+            workers.add(pid)
+            for end in pipes:
+                os.close(end)
+            control.sendall(json.dumps(pid).encode())
+        else:
+            pid, seconds = json.loads(order)
+            code = _wait_for(pid, seconds)
+            workers -= {pid} if code is not None else set()
+            control.sendall(json.dumps(code).encode())
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    return 0
+
+
+def _wait_for(pid: int, seconds: float) -> int | None:
+    end = time.monotonic() + seconds
+    while True:
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL)  # what it has started; the id is still its own
+            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if time.monotonic() > end:
+            return None
+        time.sleep(0.002)
+
+
+def _work(run: Callable[[Any], Any], requests: int, replies: int, memory: int, parent: int) -> None:
+    """Is a worker; does not return."""
+    code = 1
+    try:
+        os.setsid()  # whatever a worker starts can be killed with it
+        _die_with(parent)
+        if memory:
+            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+        code = serve(run, os.fdopen(requests, "rb"), os.fdopen(replies, "wb"))
+    finally:
+        os._exit(code)
+
+
+def serve(run: Callable[[Any], Any], reader: BinaryIO, writer: BinaryIO) -> int:
+    """Answers items until there are no more; returns an exit code.
+
+    Args:
+        run: the function.
+        reader: of the items.
+        writer: of the results.
+    """
     while (item := read(reader)) is not None:
         _limit_cpu(item["limit"])
         reply, healthy = attempt(run, item["item"])
-        write(writer, reply)
+        writer.write(encode(reply))
+        writer.flush()
         if not healthy:
             return 1
     return 0
@@ -76,12 +139,6 @@ def one_line(error: BaseException) -> str:
     except Exception:  # messages are made of expressions, and printing those may fail as well
         text = ""
     return f"{type(error).__name__}: {text}"[:200]
-
-
-def write(stream: BinaryIO, message: Any) -> None:
-    """Writes a message."""
-    stream.write(encode(message))
-    stream.flush()
 
 
 def encode(message: Any) -> bytes:
@@ -117,5 +174,7 @@ def _limit_cpu(seconds: float) -> None:
 
 if __name__ == "__main__":
     sys.exit(
-        main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+        main(
+            socket.socket(fileno=int(sys.argv[1])), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+        )
     )

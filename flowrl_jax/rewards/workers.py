@@ -1,9 +1,9 @@
 """A pool of processes that run one function, each item under a limit that nothing can evade.
 
 A thread of this process owns each worker: it hands items over, waits for the reply as long as the
-item may take, and otherwise kills the worker and starts another. Workers are programs of their own
-(`worker_main`), not forks of a process in which jax runs threads, and import no more than the
-function needs.
+item may take, and otherwise kills the worker and has another made. Workers are forks of a small
+program of their own (`worker_main`), not of a process in which jax runs threads, and hold no more
+than the function needs.
 """
 
 from __future__ import annotations
@@ -14,21 +14,23 @@ import os
 import queue
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 from flowrl_jax.errors import InputError
 from flowrl_jax.rewards import worker_main
 
-START_LIMIT = 120.0
-"""Seconds that a worker may take to import its function."""
+START_LIMIT = 300.0
+"""Seconds that importing the function may take."""
 MOST_FAILED_STARTS = 3
-"""Workers in a row that may die before they are ready."""
+"""Times in a row that the program may die before its function is imported."""
 
 
 class Outcome(NamedTuple):
@@ -76,6 +78,7 @@ class WorkerPool:
         self._closed = threading.Event()
         self._threads: list[threading.Thread] = []
         self._hosts: list[_Host] = []
+        self._end: Callable[[], Any] | None = None
 
     def call(self, item: Any) -> Outcome:
         """Runs the function on an item and waits for the outcome; any thread may call.
@@ -114,8 +117,8 @@ class WorkerPool:
         """Kills the workers; calls that still wait get an error. May be called again."""
         with self._lock:
             self._closed.set()
-            threads, hosts = self._threads, self._hosts
-        _end(self._closed, hosts, threads)
+        if self._end is not None:
+            self._end()
         with contextlib.suppress(queue.Empty):
             while True:
                 self._items.get_nowait()[1].set_exception(RuntimeError("the worker pool is closed"))
@@ -124,9 +127,8 @@ class WorkerPool:
         with self._lock:
             if self._threads or self._closed.is_set():
                 return
-            self._hosts = [
-                _Host(self.function, self.limit, self.memory) for _ in range(self._workers)
-            ]
+            nursery = _Nursery(self.function, self.memory)
+            self._hosts = [_Host(nursery, self.limit) for _ in range(self._workers)]
             self._threads = [
                 threading.Thread(target=_serve, args=(host, self._items, self._closed), daemon=True)
                 for host in self._hosts
@@ -134,15 +136,24 @@ class WorkerPool:
             for thread in self._threads:
                 thread.start()
             # Nobody may leave workers behind: not a pool that is forgotten, nor the interpreter.
-            weakref.finalize(self, _end, self._closed, self._hosts, self._threads)
+            self._end = weakref.finalize(
+                self, _end, self._closed, self._hosts, self._threads, nursery
+            )
 
 
-def _end(closed: threading.Event, hosts: list[_Host], threads: list[threading.Thread]) -> None:
+def _end(
+    closed: threading.Event,
+    hosts: list[_Host],
+    threads: list[threading.Thread],
+    nursery: _Nursery,
+) -> None:
     closed.set()
     for host in hosts:
         host.wake()
+    nursery.give_up_starting()
     for thread in threads:
         thread.join()
+    nursery.stop()
 
 
 def _serve(
@@ -170,10 +181,10 @@ def _serve(
 class _Host:
     """One worker process, and another one when it is gone."""
 
-    def __init__(self, function: str, limit: float, memory: int):
-        self.function, self.limit, self.memory = function, limit, memory
+    def __init__(self, nursery: _Nursery, limit: float):
+        self._nursery, self._limit = nursery, limit
         self.starts = 0
-        self._process: subprocess.Popen[bytes] | None = None
+        self._pid: int | None = None
         self._requests = self._replies = -1
         self._wake_reader, self._wake_writer = os.pipe()
         self._woken = False
@@ -181,8 +192,7 @@ class _Host:
     @property
     def pid(self) -> int | None:
         """Of the worker, if it runs."""
-        process = self._process
-        return process.pid if process is not None and process.poll() is None else None
+        return self._pid if self._pid is not None and not self._ended() else None
 
     def wake(self) -> None:
         """Ends the wait for a reply."""
@@ -192,29 +202,43 @@ class _Host:
 
     def run(self, item: Any) -> Outcome:
         """Returns the outcome of an item; leaves a worker that runs, or none."""
-        body = worker_main.encode({"item": item, "limit": self.limit})
+        body = worker_main.encode({"item": item, "limit": self._limit})
         self.start()
-        deadline = time.monotonic() + self.limit
+        deadline = time.monotonic() + self._limit
         try:
             self._send(body, deadline)
             reply = self._receive(deadline)
         except TimeoutError:
             self.stop()
-            return Outcome("timeout", f"not done after {self.limit:g} s")
+            return Outcome("timeout", f"not done after {self._limit:g} s")
         except (OSError, EOFError, ValueError):
             return Outcome("crash", self._how_it_died())
         if reply["status"] == "error" and str(reply["value"]).startswith("MemoryError"):
             self.stop()
         return Outcome(reply["status"], reply["value"])
 
+    def start(self) -> None:
+        """Has a worker made unless one runs.
+
+        Raises:
+            InputError: the function cannot be imported, or the program for it does not start.
+        """
+        if self._pid is not None and self._ended():
+            self.stop()  # it died while nobody asked it anything
+        if self._pid is None:
+            self._pid, self._requests, self._replies = self._nursery.worker()
+            self.starts += 1
+
     def stop(self) -> None:
         """Kills the worker and all it has started."""
-        process, self._process = self._process, None
-        if process is None:
-            return
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        if self._pid is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(self._pid, signal.SIGKILL)
+            self._nursery.exit_code(self._pid, seconds=5.0)
+            self._forget()
+
+    def _forget(self) -> None:
+        self._pid = None
         for end in (self._requests, self._replies):
             os.close(end)
 
@@ -225,55 +249,10 @@ class _Host:
         for end in (self._wake_reader, self._wake_writer):
             os.close(end)
 
-    def start(self) -> None:
-        """Starts a worker unless one runs.
-
-        Raises:
-            InputError: the function cannot be imported, or several workers died as they started.
-        """
-        if self._process is not None and self._process.poll() is not None:
-            self.stop()  # it died while nobody asked it anything
-        if self._process is not None:
-            return
-        how = ""
-        for _ in range(MOST_FAILED_STARTS):
-            self._spawn()
-            try:
-                reply = self._receive(time.monotonic() + START_LIMIT)
-            except (OSError, EOFError, ValueError, TimeoutError):
-                how = self._how_it_died()
-                if self._woken:
-                    raise RuntimeError("the worker pool is closed") from None
-                continue
-            if reply["status"] == "ready":
-                return
-            self.stop()
-            raise InputError(f"rewards: {self.function} cannot run in a worker: {reply['value']}")
-        raise InputError(
-            f"rewards: workers for {self.function} die as they start ({how}); a larger memory"
-            f" limit than {self.memory} bytes may help"
-        )
-
-    def _spawn(self) -> None:
-        child_requests, self._requests = os.pipe()
-        self._replies, child_replies = os.pipe()
-        os.set_blocking(self._requests, False)
-        settings = (child_requests, child_replies, self.function, self.memory, os.getpid())
-        # The modules that this process sees. Not through multiprocessing, which would run the main
-        # one first, and with it jax; not with the program's own folder, which has a math.py.
-        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-        self._process = subprocess.Popen(
-            [sys.executable, worker_main.__file__, *map(str, settings)],
-            env=os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
-            pass_fds=(child_requests, child_replies),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for the run; and all it starts can be killed
-        )
-        self.starts += 1
-        os.close(child_requests)
-        os.close(child_replies)
+    def _ended(self) -> bool:
+        poll = select.poll()
+        poll.register(self._replies, 0)  # hanging up is reported whether asked for or not
+        return bool(poll.poll(0))
 
     def _send(self, body: bytes, deadline: float) -> None:
         view = memoryview(body)
@@ -307,15 +286,147 @@ class _Host:
 
     def _how_it_died(self) -> str:
         """Stops what is left of a worker and returns a few words on its end."""
-        process = self._process
-        if process is None or self._woken:
+        if self._pid is None or self._woken:
             self.stop()
             return "stopped"
-        try:
-            code = process.wait(timeout=0.5)
-        except subprocess.TimeoutExpired:
-            code = None
-        self.stop()
+        code = self._nursery.exit_code(self._pid, seconds=0.5)
         if code is None:
+            self.stop()
             return "it closed its pipe"
+        self._forget()
         return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+
+
+class _Nursery:
+    """The program that workers are forked from, started when it is needed or has died."""
+
+    def __init__(self, function: str, memory: int):
+        self._function, self._memory = function, memory
+        self._lock = threading.Lock()
+        self._control: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._keeper: threading.Thread | None = None
+        self._starting = self._given_up = False
+
+    def worker(self) -> tuple[int, int, int]:
+        """Returns the process id of a new worker, and where to write items and read replies.
+
+        Raises:
+            InputError: as of `_Host.start`.
+        """
+        with self._lock:
+            for _ in range(MOST_FAILED_STARTS):
+                if self._control is None:
+                    self._start()
+                with contextlib.suppress(OSError, EOFError):
+                    return self._fork()
+                self._stop()
+        raise InputError(f"rewards: no worker for {self._function} can be made; see the host's log")
+
+    def exit_code(self, pid: int, *, seconds: float) -> int | None:
+        """Waits for a worker's end and ends what it started; None if it goes on, or is unknown."""
+        with self._lock:
+            if self._control is not None:
+                with contextlib.suppress(OSError, EOFError):
+                    self._control.sendall(json.dumps([pid, seconds]).encode())
+                    return self._answer()
+        return None
+
+    def give_up_starting(self) -> None:
+        """Kills the program if it is not ready yet; it is not started again."""
+        self._given_up = True
+        if self._starting and self._process is not None:
+            self._process.kill()
+
+    def stop(self) -> None:
+        """Ends the program and the workers that are left."""
+        with self._lock:
+            self._stop()
+
+    def _fork(self) -> tuple[int, int, int]:
+        assert self._control is not None
+        child_requests, requests = os.pipe()
+        replies, child_replies = os.pipe()
+        try:
+            socket.send_fds(self._control, [b"worker"], [child_requests, child_replies])
+            pid = self._answer()
+        except BaseException:
+            os.close(requests)
+            os.close(replies)
+            raise
+        finally:
+            os.close(child_requests)
+            os.close(child_replies)
+        os.set_blocking(requests, False)
+        return pid, requests, replies
+
+    def _answer(self) -> Any:
+        assert self._control is not None
+        answer = self._control.recv(4096)
+        if not answer:
+            raise EOFError("the program ended")
+        return json.loads(answer)
+
+    def _start(self) -> None:
+        how: int | None = None
+        for _ in range(MOST_FAILED_STARTS):
+            if self._given_up:
+                raise RuntimeError("the worker pool is closed")
+            self._starting = True
+            self._control, child = socket.socketpair()
+            begun = threading.Event()
+            # The kernel kills the program with the thread that started it, so that thread waits.
+            self._keeper = threading.Thread(target=self._keep, args=(child, begun), daemon=True)
+            self._keeper.start()
+            begun.wait()
+            child.close()
+            try:
+                self._control.settimeout(START_LIMIT)
+                failure = self._answer()
+                self._control.settimeout(None)
+            except (OSError, EOFError):
+                how = self._stop()
+                continue
+            finally:
+                self._starting = False
+            if failure is None:
+                return
+            self._stop()
+            raise InputError(f"rewards: {self._function} cannot run in a worker: {failure}")
+        raise InputError(
+            f"rewards: the program of the workers for {self._function} dies as it starts, with exit"
+            f" code {how}; run python -c 'import {self._function.partition(':')[0]}' to see why"
+        )
+
+    def _keep(self, child: socket.socket, begun: threading.Event) -> None:
+        settings = (child.fileno(), self._function, self._memory, os.getpid())
+        # The modules that this process sees. Not through multiprocessing, which would run the main
+        # one first, and with it jax; not with the program's own folder, which has a math.py.
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, worker_main.__file__, *map(str, settings)],
+                env=os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
+                pass_fds=(child.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for the run
+            )
+        finally:
+            begun.set()
+        self._process.wait()
+
+    def _stop(self) -> int | None:
+        if self._control is None:
+            return None
+        self._control.close()
+        self._control = None
+        process, keeper = self._process, self._keeper
+        if process is None or keeper is None:
+            return None
+        keeper.join(timeout=5.0)  # it ends its workers and itself when the socket is closed
+        if keeper.is_alive():
+            process.kill()
+            keeper.join()
+        return process.returncode
