@@ -8,6 +8,7 @@ that also asks sympy it is the rest.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 
@@ -68,6 +69,7 @@ _UNIT = re.compile(
     r"(?:[ /]+[a-zA-Z]+){0,4}))(?:\s*\^\s*\{?-?[23]\}?)?\.?$"
 )
 _WRAPPED = re.compile(rf"{_TEXT}\s*\{{([^{{}}]*)\}}")
+_PLAIN = re.compile(r"-?\d+")
 _SPACE = re.compile(r"\s+")
 _NEEDED = re.compile(r"(\\[a-zA-Z]+)\s+(?=[a-zA-Z])")
 _SHORT = (
@@ -99,6 +101,8 @@ def normal_form(answer: str, *, grouped: bool = True) -> str:
         grouped: read `1,234` as one number, not as two.
     """
     text = answer.strip()
+    if _PLAIN.fullmatch(text):
+        return text
     boxed = last_boxed(text)
     text = boxed[1] if boxed else text
     text = text.replace(",\\!", "")
@@ -143,10 +147,11 @@ def compare(gold: str, found: str, leaf: Leaf) -> bool | None:
     return undecided
 
 
-def _readings(answer: str) -> list[str]:
+@functools.lru_cache(maxsize=1024)  # all responses to a prompt share its answer
+def _readings(answer: str) -> tuple[str, ...]:
     one = normal_form(answer)
-    other = normal_form(answer, grouped=False)
-    return [one] if one == other else [one, other]
+    other = normal_form(answer, grouped=False) if "," in answer else one
+    return (one,) if one == other else (one, other)
 
 
 def plain_leaf(gold: str, found: str) -> bool | None:

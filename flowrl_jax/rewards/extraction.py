@@ -17,6 +17,7 @@ _LINE = re.compile(
     r"answer\W{0,4}:\**|^####",
     re.IGNORECASE | re.MULTILINE,
 )
+_IN_LABELS = ("nswer", "NSWER", "####")
 _LABEL = re.compile(r"answer\W{0,4}:\**", re.IGNORECASE)
 _IS = re.compile(r"\banswers?(?: is| are| must be| =)\s*:?\**", re.IGNORECASE)
 _FORMULA = re.compile(
@@ -35,7 +36,7 @@ def extract(response: str) -> str | None:
         response: what the policy wrote.
     """
     boxed = last_boxed(response)
-    labelled = _last(_LINE, response)
+    labelled = _last(_LINE, response, _first_label(response))
     if labelled is None and boxed is None:
         labelled = _last(_LABEL, response)
     if labelled is not None and (boxed is None or labelled[0] > boxed[0]):
@@ -51,9 +52,15 @@ def extract(response: str) -> str | None:
     return _last_formula(tail)
 
 
-def _last(label: re.Pattern[str], text: str) -> tuple[int, str] | None:
+def _first_label(text: str) -> int:
+    """Returns the start of the first line that may have a label: plain search is fast."""
+    places = [place for name in _IN_LABELS if (place := text.find(name)) >= 0]
+    return text.rfind("\n", 0, min(places)) + 1 if places else len(text)
+
+
+def _last(label: re.Pattern[str], text: str, start: int = 0) -> tuple[int, str] | None:
     found = None
-    for match in label.finditer(text):
+    for match in label.finditer(text, start):
         found = match
     return None if found is None else (found.start(), text[found.end() : found.end() + LONGEST + 2])
 
