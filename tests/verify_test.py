@@ -330,7 +330,7 @@ def test_stuck_answers_do_not_delay_others(hasty):
     with ThreadPoolExecutor(1) as thread:
         stuck = thread.submit(hasty.judge, "\\boxed{9^{9^{9^{9}}}}", "x")
         time.sleep(0.1)
-        for _ in range(10):
+        for _ in range(3):
             assert hasty.judge("\\boxed{x+1}", "1+x").form is not None
         assert not stuck.done()
         assert stuck.result().outcome == "timeout"
