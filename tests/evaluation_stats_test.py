@@ -11,6 +11,7 @@ import pytest
 
 from flowrl_jax import evaluation
 from flowrl_jax.errors import InputError
+from flowrl_jax.evaluation import voting
 from flowrl_jax.graded import Samples, read_records, samples_from_records, write_records
 
 
@@ -229,3 +230,99 @@ def test_wrong_samples_are_refused_with_the_place(tmp_path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"prompt_id": 1}\n{"prom\n')
     with pytest.raises(InputError, match="line 2"):
         read_records(tmp_path / "bad.jsonl")
+
+
+def brute_majority(answers, correct, k) -> float:
+    """maj@k by looking at every subset."""
+    values = []
+    for chosen in itertools.combinations(range(len(answers)), k):
+        votes = [answers[i] for i in chosen if answers[i] is not None]
+        most = max(map(votes.count, votes), default=0)
+        tied = [a for a in set(votes) if votes.count(a) == most]
+        share = {a: np.mean([c for b, c in zip(answers, correct, strict=True) if b == a])
+                 for a in tied}  # fmt: skip
+        values.append(np.mean([share[a] for a in tied]) if tied else 0.0)
+    return float(np.mean(values))
+
+
+ANSWERS = [
+    (["7", "7", "8", "9", "9", "9", None, "8"], "8"),
+    (["7", "7", "8", "8", "9", "9", "1", "1"], "1"),
+    ([None] * 8, "8"),
+    (["a"] * 8, "a"),
+    (list("abcdefgh"), "c"),
+    (["a", None, None, None, None, None, None, None], "a"),
+    (["a", "a", "a", "b", "b", "c", None, None], "c"),
+]
+
+
+@pytest.mark.parametrize("k", range(1, 9))
+def test_majority_equals_the_mean_over_all_subsets(k: int) -> None:
+    answers = [row for row, _ in ANSWERS]
+    correct = np.array([[a == truth for a in row] for row, truth in ANSWERS])
+    found = voting.maj_at_k(answers, correct, k)
+    expected = [brute_majority(a, c.tolist(), k) for a, c in zip(answers, correct, strict=True)]
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    if k == 1:
+        np.testing.assert_allclose(found, correct.mean(axis=1))
+
+
+def test_majority_of_answers_that_are_judged_differently() -> None:
+    answers, correct = ["a", "a", "b", "b", "c"], [True, False, True, True, False]
+    for k in range(1, 6):
+        found = voting.maj_at_k([answers], np.array([correct]), k)[0]
+        assert found == pytest.approx(brute_majority(answers, correct, k))
+
+
+def test_majority_of_random_answers_and_any_order() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        n = int(rng.integers(1, 9))
+        answers = [None if a == 0 else str(a) for a in rng.integers(0, 5, n)]
+        correct = np.array([a == "1" for a in answers])
+        k = int(rng.integers(1, n + 1))
+        found = voting.maj_at_k([answers], correct[None], k)[0]
+        assert found == pytest.approx(brute_majority(answers, correct.tolist(), k))
+        order = rng.permutation(n)
+        again = voting.maj_at_k([[answers[i] for i in order]], correct[None, order], k)[0]
+        assert again == pytest.approx(found)
+
+
+def test_majority_of_many_samples_is_finite() -> None:
+    """C(1100, 550) is no float; a clear majority wins nearly always."""
+    answers = ["a"] * 30 + ["b"] * 5 + [None] * 1065
+    correct = np.array([[True] * 30 + [False] * 1070])
+    assert 0.999 < voting.maj_at_k([answers], correct, 550)[0] <= 1.0
+
+
+def test_majority_refuses_what_does_not_fit() -> None:
+    with pytest.raises(InputError, match="k=3"):
+        voting.maj_at_k([["a", "b"]], np.zeros((1, 2), bool), 3)
+    with pytest.raises(InputError, match="answer, or None"):
+        voting.maj_at_k([["a"]], np.zeros((1, 2), bool), 1)
+
+
+def test_curve_of_pass_at_k_rises_and_ends_at_all_samples() -> None:
+    assert voting.curve_points(16) == [1, 2, 4, 8, 16]
+    assert voting.curve_points(7) == [1, 2, 4, 7]
+    samples = make_samples(FORMS)
+    curve = voting.pass_at_k_curve(samples.correct)
+    assert list(curve) == ["pass_at_1", "pass_at_2", "pass_at_4", "pass_at_7"]
+    assert (np.diff(np.stack(list(curve.values())), axis=0) >= 0).all()
+    np.testing.assert_array_equal(curve["pass_at_7"], samples.correct.any(axis=1))
+    np.testing.assert_allclose(voting.avg_at_k(samples.correct), curve["pass_at_1"], atol=1e-12)
+
+
+def test_macro_average_counts_sets_and_not_prompts() -> None:
+    small, large = np.array([1.0, 1.0]), np.zeros(100)
+    found = voting.macro_average([small, large])
+    assert found == {"mean": 0.5, "low": 0.5, "high": 0.5}  # no spread within either
+    rng = np.random.default_rng(0)
+    sets = [rng.random(40), rng.random(400)]
+    found = voting.macro_average(sets, resamples=4000)
+    spread = 1.96 * np.sqrt(sum(v.var() / len(v) for v in sets)) / 2
+    assert (found["high"] - found["low"]) / 2 == pytest.approx(spread, rel=0.1)
+    one = voting.macro_average(sets[:1], seed=3)
+    assert one == pytest.approx(evaluation.bootstrap({"x": sets[0]}, seed=3)["x"])
+    with pytest.raises(InputError, match="a prompt in each"):
+        voting.macro_average([small, np.zeros(0)])
