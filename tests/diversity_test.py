@@ -139,11 +139,8 @@ def test_self_bleu_equals_a_slow_loop():
 
 def test_bleu_of_the_textbook():
     """Papineni et al. 2002, example 2: seven times "the" matches two."""
-    hypothesis = ["the", "the", "the", "the", "the", "the", "the"]
-    references = [
-        ["the", "cat", "is", "on", "the", "mat"],
-        ["there", "is", "a", "cat", "on", "the", "mat"],
-    ]
+    hypothesis = ["the"] * 7
+    references = list(map(diversity.words, ("the cat is on the mat", "there is a cat on the mat")))
     found = diversity.self_bleu([hypothesis, *references], order=1)
     slow = [
         slow_bleu(hypothesis, references, 1),
