@@ -38,14 +38,18 @@ class Server:
                     outer.requests.append((self.path, body))
                     outer.headers.append(dict(self.headers))
                 status, content, *headers = outer.answer(number, body)
-                raw = content if isinstance(content, bytes) else json.dumps(content).encode()
+                drops = content if isinstance(content, tuple) else ()
+                raw = b"".join(drops) or content
+                raw = raw if isinstance(raw, bytes) else json.dumps(raw).encode()
                 with contextlib.suppress(OSError):
                     self.send_response(status)
                     for name, value in (headers[0] if headers else {}).items():
                         self.send_header(name, value)
                     self.send_header("Content-Length", str(len(raw)))
                     self.end_headers()
-                    self.wfile.write(raw)
+                    for drop in drops or (raw,):
+                        self.wfile.write(drop)
+                        time.sleep(0.05 if drops else 0)
 
             def log_message(self, *_):
                 pass
@@ -211,6 +215,13 @@ def test_a_slow_server_is_cut_off():
     assert (found.score, calls) == (2, 2) and time.monotonic() - began < 0.9
     found, _ = judgement(lambda *_: time.sleep(0.5) or completion("2"), timeout=0.1, attempts=2)
     assert (found.score, found.failure) == (None, "timeout")
+
+
+def test_a_server_that_drips_is_cut_off():
+    """Every byte comes in time, all of them would not."""
+    began = time.monotonic()
+    found, _ = judgement(lambda *_: (200, (b" ",) * 60), timeout=0.2, attempts=1)
+    assert found.failure == "timeout" and time.monotonic() - began < 1.0
 
 
 def test_nobody_listens():

@@ -32,9 +32,9 @@ def canonical_program(source: str) -> str | None:
     if len(source) > MAX_CHARACTERS:
         return None
     try:
-        tree = _Bare().visit(ast.parse(source))
-        scopes = _Scopes(tree)
-        scopes.rename()
+        tree = ast.parse(source)
+        _Bare().visit(tree)
+        _Scopes(tree).rename()
         return ast.unparse(tree)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
