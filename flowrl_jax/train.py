@@ -48,7 +48,7 @@ from flowrl_jax.distributed import (
     row_share,
 )
 from flowrl_jax.errors import InputError
-from flowrl_jax.evaluate import Evaluator
+from flowrl_jax.evaluator import Evaluator
 from flowrl_jax.grading import Grading
 from flowrl_jax.learner import Learner
 from flowrl_jax.learning_batch import make_learning_batch, make_minibatch

@@ -149,15 +149,20 @@ def render_paper_table(
         )
         cells = [results.get(column) for column in table.columns]
         pairs = list(zip(cells, table.scale, strict=True))
-        lines.append([label, *(_figure(x and x["mean"] * by) for x, by in pairs)])
-        spans = [x and f"[{_figure(x['low'] * by)}, {_figure(x['high'] * by)}]" for x, by in pairs]
-        lines.append(["  95 % interval", *(span or "" for span in spans)])
+        lines.append([label, *(_figure(x["mean"] * by if x else None) for x, by in pairs)])
+        lines.append(["  95 % interval", *(_span(x, by) for x, by in pairs)])
     text = _markdown(lines) if markdown else _plain(lines)
     return f"{text}\n\nPaper's figures: {table.source}."
 
 
 def _figure(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:.2f}"
+
+
+def _span(interval: Interval | None, by: float) -> str:
+    if not interval:
+        return ""
+    return f"[{_figure(interval['low'] * by)}, {_figure(interval['high'] * by)}]"
 
 
 def _plain(lines: Sequence[Sequence[str]]) -> str:

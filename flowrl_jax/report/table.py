@@ -28,6 +28,11 @@ _HEADINGS: tuple[tuple[str, str, str], ...] = (
         "log-probability under the policy minus under the reference, nats per response",
     ),
     (r"truncated_fraction", "truncated", "responses cut at the token limit"),
+    (r"avg_at_(\d+)", "Avg@k", "share of k samples that are correct"),
+    (r"maj_at_(\d+)", "maj@k", "chance that the most frequent answer of k samples is correct"),
+    (r"self_bleu", "self-BLEU", "likeness of a prompt's responses; low is diverse"),
+    (r"vendi", "Vendi score", "effective number of different responses, by their n-grams"),
+    (r"answer_entropy", "answer entropy", "of a prompt's answers, right or wrong, in nats"),
     (r"coverage", "coverage", "Good-Turing share of correct mass on solutions already seen"),
 )
 

@@ -1,0 +1,137 @@
+"""From the records of benchmarks to one set of figures for each, and to the paper's layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from flowrl_jax.evaluation.diversity import diversity_values
+from flowrl_jax.evaluation.paper_table import TABLES, render_paper_table
+from flowrl_jax.evaluation.statistics import (
+    Summary,
+    bootstrap,
+    distinct_correct,
+    effective_solutions,
+)
+from flowrl_jax.evaluation.voting import (
+    avg_at_k,
+    curve_points,
+    macro_average,
+    maj_at_k,
+    pass_at_k_curve,
+)
+from flowrl_jax.graded import samples_from_records
+
+Record = Mapping[str, Any]
+
+
+def benchmark_values(records: Sequence[Record]) -> dict[str, np.ndarray]:
+    """The statistics of every prompt of a benchmark.
+
+    Args:
+        records: as `graded.samples_from_records` takes them, with "responses", "reward", "outcome"
+            and, where the task can read wrong responses too, "answer".
+
+    Returns:
+        Name -> [P] float64: avg_at_{n}, pass_at_{k} and, with answers, maj_at_{k} for k = 1, 2, 4,
+        ... n, reward, distinct_correct_{n}, effective_solutions, mean_length, truncated_fraction,
+        outcome/{word}, and `diversity_values` where n >= 2.
+
+    Raises:
+        InputError: the records are not of one evaluation.
+    """
+    samples = samples_from_records(records)
+    n, counts = samples.num_samples, samples.solution_counts()
+    values = {f"avg_at_{n}": avg_at_k(samples.correct), **pass_at_k_curve(samples.correct)}
+    answers = [record["answer"] for record in records] if "answer" in records[0] else None
+    if answers is not None:
+        for k in curve_points(n):
+            values[f"maj_at_{k}"] = maj_at_k(answers, samples.correct, k)
+    values["reward"] = avg_at_k(np.array([record["reward"] for record in records], np.float64))
+    values[f"distinct_correct_{n}"] = distinct_correct(counts, n, n)
+    values["effective_solutions"] = effective_solutions(counts)
+    values["mean_length"] = samples.length.mean(axis=1)
+    values["truncated_fraction"] = samples.truncated.mean(axis=1)
+    for word in sorted({word for record in records for word in record["outcome"]}):
+        shares = [record["outcome"].count(word) / n for record in records]
+        values[f"outcome/{word}"] = np.array(shares)
+    if n > 1:
+        values |= diversity_values([record["responses"] for record in records], answers=answers)
+    return values
+
+
+def summarize_benchmarks(
+    records: Mapping[str, Sequence[Record]], *, seed: int = 0
+) -> dict[str, Summary]:
+    """Means and 95 % intervals of `benchmark_values`, for each benchmark.
+
+    Args:
+        records: benchmark -> its records.
+        seed: of the bootstrap over prompts.
+
+    Returns:
+        Benchmark -> name -> {"mean", "low", "high"}; and "average", the mean of the benchmarks'
+        avg_at_{n} where there are several with the same number of samples.
+    """
+    values = {name: benchmark_values(found) for name, found in records.items()}
+    summary = {name: bootstrap(found, seed=seed) for name, found in values.items()}
+    first = {next(iter(found)) for found in values.values()}
+    if len(values) > 1 and len(first) == 1:
+        name = first.pop()
+        each = [found[name] for found in values.values()]
+        summary["average"] = {name: macro_average(each, seed=seed)}
+    return summary
+
+
+def paper_columns(
+    records: Mapping[str, Sequence[Record]], columns: Sequence[str], *, seed: int = 0
+) -> dict[str, dict[str, float]]:
+    """The figures of ours that belong into a table of the paper.
+
+    Args:
+        records: benchmark -> its records.
+        columns: of the table.
+        seed: of the bootstrap over prompts.
+
+    Returns:
+        Column -> {"mean", "low", "high"} of Avg@n, of pass@16 where the column's name ends so, and
+        of the average where all other columns are there.
+    """
+    found: dict[str, dict[str, float]] = {}
+    averages: list[np.ndarray] = []
+    for column in columns:
+        benchmark = column.removesuffix("_pass_at_16")
+        if benchmark not in records:
+            continue
+        values = benchmark_values(records[benchmark])
+        name = next(iter(values)) if benchmark == column else "pass_at_16"
+        if name in values:
+            found[column] = bootstrap({name: values[name]}, seed=seed)[name]
+            averages.append(values[name])
+    if "average" in columns and len(found) == len(columns) - 1:
+        found["average"] = macro_average(averages, seed=seed)
+    return found
+
+
+def render_benchmarks(
+    records: Mapping[str, Sequence[Record]], label: str, *, markdown: bool = False, seed: int = 0
+) -> str:
+    """Our figures in the layout of the paper's tables that have one of our benchmarks.
+
+    Args:
+        records: benchmark -> its records.
+        label: of our row.
+        markdown: instead of plain text.
+        seed: of the bootstrap over prompts.
+
+    Returns:
+        Tables with an empty line between; empty where the paper has none of the benchmarks.
+    """
+    shown = []
+    for name in ("math_7b", "math_32b", "code_7b"):
+        ours = paper_columns(records, TABLES[name].columns, seed=seed)
+        if ours:
+            shown.append(render_paper_table(TABLES[name], {label: ours}, markdown=markdown))
+    return "\n\n".join(shown)
