@@ -165,6 +165,13 @@ def test_all_right_responses_are_one_solution():
     assert task.judge("\\frac12", row).form is None
 
 
+def test_answers_for_votes_are_read_right_or_wrong():
+    task = build()
+    assert task.answer("so\nAnswer: $1{,}000$", ROW) == "1000"
+    assert task.answer("Answer: 42 ", ROW) == task.judge("Answer: 42", ROW).form
+    assert task.answer("42", ROW) is None
+
+
 def test_prompt():
     asked = build().prompt(ROW)
     instruction, problem, reminder = asked.split("\n\n")

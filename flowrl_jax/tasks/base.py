@@ -36,6 +36,10 @@ class Verdict(NamedTuple):
 class Task(Protocol):
     """A question, the reward of a response to it, and what makes two right responses the same.
 
+    A task whose responses end in an answer may also have `answer(response, row) -> str | None`,
+    what a response answers, right or wrong, in a form that equal answers share: votes (maj@k) and
+    the entropy of answers are counted of it.
+
     Attributes:
         name: the name under which `flowrl_jax.tasks.build` finds the task.
         parallel: responses that are judged at one time, each in a thread; more than 1 where

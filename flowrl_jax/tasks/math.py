@@ -120,6 +120,12 @@ class Math(Task):
             return "correct", form
         return "no_answer" if released.extract(response) is None else "wrong", None
 
+    def answer(self, response: str, row: Row) -> str | None:
+        """Returns the normalised answer of a response, right or wrong, for votes; None without."""
+        del row  # A response says what it answers.
+        found = reward.extract(response)
+        return None if found is None else reward.normalize(found)
+
     def demonstration(self, row: Row, rng: np.random.Generator) -> str:
         """Returns the row's `solution`, with an "Answer:" line where it has none that is right.
 
