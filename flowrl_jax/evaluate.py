@@ -24,7 +24,7 @@ from flowrl_jax.distributed import define_flags, join
 from flowrl_jax.errors import InputError, require
 from flowrl_jax.evaluation import Summary, summarize
 from flowrl_jax.evaluation.benchmarks import Benchmark, benchmarks
-from flowrl_jax.evaluation.results import render_benchmarks, summarize_benchmarks
+from flowrl_jax.evaluation.results import benchmark_values, render_benchmarks, summarize_benchmarks
 from flowrl_jax.evaluator import Evaluator
 from flowrl_jax.graded import samples_from_records, write_records
 from flowrl_jax.new_folder import in_first_process
@@ -81,9 +81,10 @@ def _on_benchmarks(config: Config, run: str, values: flags.FlagValues) -> None:
     records = run_benchmarks(config, run, chosen, Path(out))
     if jax.process_index() != 0:
         return
-    summary = summarize_benchmarks(records)
+    figures = {name: benchmark_values(found) for name, found in records.items()}
+    summary = summarize_benchmarks(figures)
     print(render_table(summary))
-    paper = render_benchmarks(records, Path(run).name or "policy")
+    paper = render_benchmarks(figures, Path(run).name or "policy")
     if paper:
         print(f"\n{paper}")
     if values["json"].value:

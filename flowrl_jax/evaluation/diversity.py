@@ -204,13 +204,17 @@ def ngram_kernel(responses: Sequence[Tokens], order: int = 4) -> np.ndarray:
     for n in range(1, order + 1):
         counts = [ngrams(t, n) or Counter([tuple(t)]) for t in responses]
         norms = [math.sqrt(sum(c * c for c in own.values())) for own in counts]
+        holders: dict[tuple[Hashable, ...], list[tuple[int, float]]] = {}
         for i, own in enumerate(counts):
-            kernel[i, i] += 1.0
-            for j in range(i):
-                few, many = sorted((own, counts[j]), key=len)
-                dot = sum(c * many[gram] for gram, c in few.items())
-                kernel[i, j] += dot / (norms[i] * norms[j])
-                kernel[j, i] = kernel[i, j]
+            for gram, count in own.items():
+                holders.setdefault(gram, []).append((i, count / norms[i]))
+        # Most n-grams of long responses are one response's own: pairs are made of the others.
+        for held in holders.values():
+            for place, (i, x) in enumerate(held[1:], start=1):
+                for j, y in held[:place]:
+                    kernel[i, j] += x * y
+    kernel += kernel.T
+    np.fill_diagonal(kernel, order)
     return kernel / order
 
 

@@ -25,6 +25,8 @@ from flowrl_jax.evaluation.voting import (
 from flowrl_jax.graded import samples_from_records
 
 Record = Mapping[str, Any]
+Values = Mapping[str, Mapping[str, np.ndarray]]
+"""Benchmark -> its `benchmark_values`."""
 
 
 def benchmark_values(records: Sequence[Record]) -> dict[str, np.ndarray]:
@@ -62,20 +64,17 @@ def benchmark_values(records: Sequence[Record]) -> dict[str, np.ndarray]:
     return values
 
 
-def summarize_benchmarks(
-    records: Mapping[str, Sequence[Record]], *, seed: int = 0
-) -> dict[str, Summary]:
+def summarize_benchmarks(values: Values, *, seed: int = 0) -> dict[str, Summary]:
     """Means and 95 % intervals of `benchmark_values`, for each benchmark.
 
     Args:
-        records: benchmark -> its records.
+        values: as `Values`.
         seed: of the bootstrap over prompts.
 
     Returns:
         Benchmark -> name -> {"mean", "low", "high"}; and "average", the mean of the benchmarks'
         avg_at_{n} where there are several with the same number of samples.
     """
-    values = {name: benchmark_values(found) for name, found in records.items()}
     summary = {name: bootstrap(found, seed=seed) for name, found in values.items()}
     first = {next(iter(found)) for found in values.values()}
     if len(values) > 1 and len(first) == 1:
@@ -86,12 +85,12 @@ def summarize_benchmarks(
 
 
 def paper_columns(
-    records: Mapping[str, Sequence[Record]], columns: Sequence[str], *, seed: int = 0
+    values: Values, columns: Sequence[str], *, seed: int = 0
 ) -> dict[str, dict[str, float]]:
     """The figures of ours that belong into a table of the paper.
 
     Args:
-        records: benchmark -> its records.
+        values: as `Values`.
         columns: of the table.
         seed: of the bootstrap over prompts.
 
@@ -103,25 +102,21 @@ def paper_columns(
     averages: list[np.ndarray] = []
     for column in columns:
         benchmark = column.removesuffix("_pass_at_16")
-        if benchmark not in records:
-            continue
-        values = benchmark_values(records[benchmark])
-        name = next(iter(values)) if benchmark == column else "pass_at_16"
-        if name in values:
-            found[column] = bootstrap({name: values[name]}, seed=seed)[name]
-            averages.append(values[name])
+        own = values.get(benchmark, {})
+        name = next(iter(own), "") if benchmark == column else "pass_at_16"
+        if name in own:
+            found[column] = bootstrap({name: own[name]}, seed=seed)[name]
+            averages.append(own[name])
     if "average" in columns and len(found) == len(columns) - 1:
         found["average"] = macro_average(averages, seed=seed)
     return found
 
 
-def render_benchmarks(
-    records: Mapping[str, Sequence[Record]], label: str, *, markdown: bool = False, seed: int = 0
-) -> str:
+def render_benchmarks(values: Values, label: str, *, markdown: bool = False, seed: int = 0) -> str:
     """Our figures in the layout of the paper's tables that have one of our benchmarks.
 
     Args:
-        records: benchmark -> its records.
+        values: as `Values`.
         label: of our row.
         markdown: instead of plain text.
         seed: of the bootstrap over prompts.
@@ -131,7 +126,7 @@ def render_benchmarks(
     """
     shown = []
     for name in ("math_7b", "math_32b", "code_7b"):
-        ours = paper_columns(records, TABLES[name].columns, seed=seed)
+        ours = paper_columns(values, TABLES[name].columns, seed=seed)
         if ours:
             shown.append(render_paper_table(TABLES[name], {label: ours}, markdown=markdown))
     return "\n\n".join(shown)
