@@ -24,8 +24,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "sampler learner train_step buckets optimizer learning_batch",
         "datasets tasks rewards sandbox tokenizers checkpoint integrity evaluation graded metrics"
         " metric_sinks progress report retention",
-        "config sampling_config cli assembly distributed rollouts grading settings planning evaluator"
-        " benchmarking",
+        "config sampling_config cli assembly distributed rollouts grading settings planning"
+        " evaluator benchmarking",
         "train evaluate sample sft convert plan certify quickstart judge",
     )
 )
