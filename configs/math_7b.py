@@ -18,7 +18,7 @@ by name). The file repeats its 17 thousand problems a hundred times, of which on
 left out as contaminated, since no release says that anything was: that is
 --config.data.options.decontaminate="('aime24', 'math500')". For files of your own leave `train`
 empty and set `train_file`; for prompts that carry the instruction already, set
---config.task.options.wrap=False too.
+--config.task.options.template=plain too.
 
 Hardware: the paper used 8 H800 of 80 GB. Full fine-tuning at 2048 + 8192 tokens with float32 master
 weights and moments fits, with flash attention and by the TPU compiler's account, on 2 v5p, 8 v6e or
@@ -35,9 +35,10 @@ after a number of steps that is not stated (names of released files say 200 and 
     FlowRL     15.41   10.83  54.53    66.96    31.41     34.61  35.63
 
 They were graded by math-verify, which accepts more than the training reward does, so `eval/` here,
-which uses the training reward, is not comparable with them.
+which uses the training reward, is not comparable with them. What is:
 
-Not there yet: a grader that knows mathematics.
+    python -m flowrl_jax.evaluate --config=configs/math_7b.py --run=runs/math_7b \\
+        --benchmarks=aime24,aime25,amc23,math500,minerva,olympiadbench
 """
 
 import ml_collections
@@ -56,7 +57,7 @@ def get_config(preset: str = "flowrl_paper") -> ml_collections.ConfigDict:
     config.steps = 200  # not stated; see above
     config.model.update(path="models/Qwen2.5-7B", dtype="bfloat16", remat="full")
     config.tokenizer.chat = True
-    config.task = {"name": "math", "options": {"wrap": True}}
+    config.task = {"name": "math", "options": {"template": "dapo"}}
     config.data.update(
         builder="prompts",
         options={

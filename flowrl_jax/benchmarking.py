@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -28,8 +29,8 @@ from flowrl_jax.tasks import TaskConfig, build
 def benchmark_config(config: Config, benchmark: Benchmark) -> Config:
     """The settings of a run with another data set, task and sampling.
 
-    Options that the run's config gives to the same data set or task are kept, over those of the
-    benchmark.
+    Options that the run's config gives to the same task are kept where the benchmark has none, and
+    those of a data set that is generated.
 
     Args:
         config: the run's settings.
@@ -37,13 +38,12 @@ def benchmark_config(config: Config, benchmark: Benchmark) -> Config:
     """
     data, task, how = config.data, config.task, benchmark.sampling
     own_data = data.options if data.builder == benchmark.dataset else {}
+    own_data = benchmark.dataset_options or own_data
     own_task = task.options if task.name == benchmark.task else {}
     return dataclasses.replace(
         config,
-        data=dataclasses.replace(
-            data, builder=benchmark.dataset, options={**benchmark.dataset_options, **own_data}
-        ),
-        task=TaskConfig(benchmark.task, {**benchmark.task_options, **own_task}),
+        data=dataclasses.replace(data, builder=benchmark.dataset, options=own_data),
+        task=TaskConfig(benchmark.task, {**own_task, **benchmark.task_options}),
         eval=dataclasses.replace(
             config.eval,
             split=benchmark.split,
@@ -86,13 +86,13 @@ def run_benchmarks(
         file = SampleFile(out / f"{name}.jsonl", _stamp(own, name, run, step))
         todo.append((name, own, evaluator, file, file.completed(evaluator)))
     left = [entry for entry in todo if entry[-1] < entry[2].num_prompts]
-    if left:
-        policy = load_run_policy(parts, run)
-        for name, _, evaluator, file, done in left:
-            with Progress(evaluator.num_prompts, name, initial=done, unit="prompt") as progress:
-                evaluator.records(policy, None, progress, done=done, write=file.write)
-    for _, own, *_ in todo:
-        own.task.close()
+    policy = load_run_policy(parts, run) if left else None
+    for name, own, evaluator, file, done in left:
+        with (
+            contextlib.closing(own.task),
+            Progress(evaluator.num_prompts, name, initial=done, unit="prompt") as progress,
+        ):
+            evaluator.records(policy, None, progress, done=done, write=file.write)
     if jax.process_index() != 0:
         return {}
     return {name: read_records(file.path) for name, _, _, file, _ in todo}

@@ -6,6 +6,7 @@ for each. Samples are written when a batch of prompts has been judged; the comma
 again goes on there, and its figures are those of one that was not interrupted.
 """
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -52,7 +53,10 @@ def evaluate(config: Config, run: str | Path, out: str | Path | None = None) -> 
     policy = load_run_policy(parts, run)
     reference = reference_of(parts, policy) if run else policy
     name = f"evaluate {Path(run).name}" if run else "evaluate"
-    with Progress(evaluator.num_prompts, name, unit="prompt") as progress:
+    with (
+        contextlib.closing(parts.task),
+        Progress(evaluator.num_prompts, name, unit="prompt") as progress,
+    ):
         records = evaluator.records(policy, reference, progress)
     if out:
         in_first_process(lambda: _write(Path(out), records))

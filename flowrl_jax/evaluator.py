@@ -18,7 +18,6 @@ from flowrl_jax.rollouts import check_prompts, encode_rows, sample
 from flowrl_jax.sampler import rollout_key
 from flowrl_jax.sampling_config import EvalConfig
 from flowrl_jax.sharding import local_rows
-from flowrl_jax.tasks import Row
 from flowrl_jax.train_step import make_score
 
 
@@ -111,7 +110,7 @@ class Evaluator:
         parts, count = self._parts, self._config.samples
         arrays, _ = encode_rows(parts, rows, count)
         key = rollout_key(parts.config.seed, EVAL_STREAM)
-        grading = Grading(parts, rows, count)
+        grading = Grading(parts, rows, count) if self._share.leads else None
         rollout = sample(parts, policy, arrays, key, self._sampler, finished=grading)
         scored = (rollout.tokens, rollout.prompt_mask, rollout.response_mask)
         kl = np.zeros(len(rows) * count)
@@ -120,6 +119,8 @@ class Evaluator:
             kl = (logprobs[0] - logprobs[1]).sum(axis=1)
         lengths = local_rows(rollout.response_mask).sum(axis=1)
         truncated = local_rows(rollout.truncated)
+        if grading is None:  # another process judges these rows
+            return []
         verdicts, texts = grading.verdicts(), grading.texts()
         records = []
         for i, row in enumerate(rows):
@@ -132,17 +133,16 @@ class Evaluator:
                     "responses": texts[mine],
                     "correct": [form is not None for form in forms],
                     "form": forms,
+                    # Right answers are one, however they are written.
+                    "answer": [
+                        form or parts.task.answer(text, row)
+                        for form, text in zip(forms, texts[mine], strict=True)
+                    ],
                     "reward": [verdict.reward for verdict in verdicts[mine]],
                     "outcome": [verdict.outcome for verdict in verdicts[mine]],
                     "length": lengths[mine].tolist(),
                     "truncated": truncated[mine].tolist(),
                     "kl": kl[mine].tolist(),
                 }
-                | self._answers(row, texts[mine])
             )
         return records
-
-    def _answers(self, row: Row, texts: list[str]) -> dict[str, list[str | None]]:
-        """What responses answer, right or wrong, where the task can tell."""
-        answer = getattr(self._parts.task, "answer", None)
-        return {"answer": [answer(text, row) for text in texts]} if answer else {}

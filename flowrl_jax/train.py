@@ -4,6 +4,7 @@ A step samples responses, judges them, and learns from them; `train` reads from 
 that order.
 """
 
+import contextlib
 import dataclasses
 import signal
 import sys
@@ -259,6 +260,7 @@ def train(config: Config, workdir: str | Path, *, resume: bool = False) -> dict[
     claim_workdir(workdir, resume=resume)
     loop = build_loop(assemble(config, workdir))
     with (
+        contextlib.closing(loop.parts.task),
         CompileCounter() as compilations,
         _termination() as terminated,
         Checkpointer(workdir / CHECKPOINTS, config.checkpoint) as checkpointer,

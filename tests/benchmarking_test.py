@@ -124,8 +124,9 @@ def test_files_of_another_evaluation_are_refused(fake, tmp_path):
 
 def test_settings_of_a_benchmark():
     config = benchmarking.benchmark_config(tiny_run(), BENCHMARKS["math500"])
-    assert (config.data.builder, config.eval.split, config.task.name) == ("math500", "test", "math")
-    assert dict(config.data.options) == {}  # those of Countdown are not its own
+    assert (config.data.builder, config.eval.split, config.task.name) == ("prompts", "test", "math")
+    assert dict(config.data.options) == {"test": "math500"}  # those of Countdown are not its own
+    assert config.task.options["verifier"] == "semantic"
     assert (config.eval.samples, config.eval.k) == (16, 16)
     assert (config.eval.temperature, config.eval.top_p, config.eval.top_k) == (0.6, 0.95, 0)
     own = benchmarking.benchmark_config(tiny_run(), SMALL)

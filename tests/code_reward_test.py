@@ -14,10 +14,10 @@ import pytest
 from flowrl_jax import tasks
 from flowrl_jax.errors import InputError
 from flowrl_jax.rewards import code, remote
-from flowrl_jax.rewards.pool import Pool
 from flowrl_jax.sandbox import codec, launcher
 from flowrl_jax.sandbox.limits import Limits
 from flowrl_jax.sandbox.runner import Sandbox
+from flowrl_jax.tasks.program_form import canonical_program
 
 LIMITS = Limits(seconds=30.0, memory_mb=4096)
 # The test of HumanEval+/32 calls its polynomial with the result where it wants two arguments: no
@@ -180,13 +180,6 @@ def test_tests_that_cannot_run_are_refused_and_not_wrong(sandbox):
         )
 
 
-def test_the_same_solution_has_one_form():
-    one = "def f(x):\n    '''Doubles.'''\n    y = x * 2  # twice\n    return y"
-    assert code.canonical(one) == code.canonical("def f(number):\n  z = number*2\n  return z\n")
-    assert code.canonical(one) != code.canonical("def f(x):\n    y = x + x\n    return y")
-    assert code.canonical("(" * 9999) == code.canonical("(" * 9999)
-
-
 def load(shared_data, name):
     if name == "mbpp":
         lines = (shared_data / "mbpp" / "mbpp.jsonl").read_text().splitlines()
@@ -198,11 +191,9 @@ def load(shared_data, name):
 
 
 def verdicts(sandbox, items):
-    pool = Pool(lambda item: code.run_tests(item[1], item[2], sandbox=sandbox, limits=LIMITS), 2)
-    try:
-        return list(pool.map(items))
-    finally:
-        pool.close()
+    run = lambda item: code.run_tests(item[1], item[2], sandbox=sandbox, limits=LIMITS)  # noqa: E731
+    with ThreadPoolExecutor(2) as threads:
+        return list(threads.map(run, items))
 
 
 @pytest.mark.parametrize(("name", "every"), [("mbpp", 12), ("humanevalplus", 20)])
@@ -283,7 +274,7 @@ ROW = {
     "prompt_id": 4,
     "prompt": "Print the square of n.",
     "tests": json.dumps(TACO),
-    "source": "taco",
+    "data_source": "taco",
 }
 
 
@@ -295,7 +286,7 @@ def test_the_task_asks_judges_and_counts():
         assert "def f(a):" in task.prompt({**ROW, "starter_code": "def f(a):"})
         assert task.judge("no code", ROW) == (-0.5, None, "no_code")
         right = task.judge(FENCED, ROW)
-        assert right == (1.0, code.canonical(SQUARE), "correct")
+        assert right == (1.0, canonical_program(SQUARE), "correct")
         assert task.judge("```python\nprint(1)\n```", ROW) == (-0.5, None, "wrong")
         assert task.judge("```python\n1 / 0\n```", ROW).outcome == "error"
         shown = task.demonstration({**ROW, "solution": SQUARE}, np.random.default_rng(0))
@@ -314,29 +305,6 @@ def test_options_of_the_task_are_checked():
                     {"reward_wrong": float("nan")}, {"endpoint": "ftp://x"}):  # fmt: skip
         with pytest.raises(InputError):
             tasks.build(tasks.TaskConfig("code", options))
-
-
-def test_a_pool_holds_back_and_one_stuck_item_delays_no_other():
-    gate, began = threading.Event(), []
-
-    def judge(item):
-        began.append(item)
-        if item == "stuck":
-            gate.wait(20)
-        return item
-
-    pool = Pool(judge, parallel=2, waiting=1)
-    stuck = pool.submit("stuck")
-    assert [pool.submit(i).result(5) for i in range(20)] == list(range(20))
-    blocked = [pool.submit("stuck") for _ in range(2)]
-    more = threading.Thread(target=lambda: pool.submit("late"), daemon=True)
-    more.start()
-    more.join(0.2)
-    assert more.is_alive() and "late" not in began  # no place: the caller waits
-    gate.set()
-    more.join(5)
-    assert not more.is_alive() and stuck.result(5) == "stuck" and blocked[1].result(5) == "stuck"
-    pool.close()
 
 
 class Replies(http.server.BaseHTTPRequestHandler):

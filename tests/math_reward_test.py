@@ -178,7 +178,7 @@ def test_prompt():
     assert "Answer: $Answer" in instruction
     assert problem == ROW["prompt"]
     assert '"Answer:"' in reminder
-    assert build(wrap=False).prompt(ROW) == ROW["prompt"]
+    assert build(template="plain").prompt(ROW) == ROW["prompt"]
 
 
 def test_the_prompt_itself_is_no_right_answer():
@@ -220,8 +220,8 @@ def test_row_without_an_answer_is_refused(row):
 
 
 def test_unknown_option_is_refused():
-    with pytest.raises(InputError, match="did you mean 'wrap'"):
-        build(wrapp=True)
+    with pytest.raises(InputError, match="did you mean 'template'"):
+        build(templat="dapo")
 
 
 PIECES = (

@@ -2,9 +2,10 @@
 
 import pytest
 
+from flowrl_jax import tasks
 from flowrl_jax.errors import InputError
 from flowrl_jax.rewards import math as reward
-from flowrl_jax.tasks import math, templates
+from flowrl_jax.tasks import templates
 
 PROBLEM = " Find {x} in \\boxed{x} + 1 = 2. "
 
@@ -21,7 +22,8 @@ def test_plain_changes_nothing():
 
 
 def test_dapo_is_the_wording_of_the_math_task():
-    assert templates.render("dapo", PROBLEM) == math.question(PROBLEM)
+    row = {"prompt": PROBLEM, "answer": "1"}
+    assert tasks.build(tasks.TaskConfig("math")).prompt(row) == templates.render("dapo", PROBLEM)
     assert reward.grade("Answer: $1$", "1", right=1.0, wrong=-1.0) == 1.0
 
 

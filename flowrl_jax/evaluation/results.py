@@ -34,7 +34,7 @@ def benchmark_values(records: Sequence[Record]) -> dict[str, np.ndarray]:
 
     Args:
         records: as `graded.samples_from_records` takes them, with "responses", "reward", "outcome"
-            and, where the task can read wrong responses too, "answer".
+            and "answer".
 
     Returns:
         Name -> [P] float64: avg_at_{n}, pass_at_{k} and, with answers, maj_at_{k} for k = 1, 2, 4,
@@ -47,8 +47,10 @@ def benchmark_values(records: Sequence[Record]) -> dict[str, np.ndarray]:
     samples = samples_from_records(records)
     n, counts = samples.num_samples, samples.solution_counts()
     values = {f"avg_at_{n}": avg_at_k(samples.correct), **pass_at_k_curve(samples.correct)}
-    answers = [record["answer"] for record in records] if "answer" in records[0] else None
-    if answers is not None:
+    answers: Any = [record["answer"] for record in records]
+    if not any(answer for each in answers for answer in each):
+        answers = None  # The task has none.
+    else:
         for k in curve_points(n):
             values[f"maj_at_{k}"] = maj_at_k(answers, samples.correct, k)
     values["reward"] = avg_at_k(np.array([record["reward"] for record in records], np.float64))

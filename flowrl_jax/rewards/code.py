@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -212,50 +211,6 @@ def mbpp(row: Mapping[str, Any]) -> Tests:
     if row.get("test_setup_code"):
         cases[0] = f"{row['test_setup_code']}\n{cases[0]}"
     return Tests("assert", tuple(cases), used[0] if used else "")
-
-
-def canonical(program: str) -> str:
-    """Returns the form in which two correct programs are the same solution.
-
-    It is a digest of the syntax tree without comments, docstrings and layout, with names that the
-    program itself gives replaced in the order in which they first appear.
-    """
-    try:
-        tree = ast.parse(program)
-        text = ast.dump(_Renamed(tree).visit(tree))
-    except Exception:  # A tree too deep to walk: such a program is its own form.
-        text = program
-    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:24]
-
-
-class _Renamed(ast.NodeTransformer):
-    """Takes out what does not matter to what a program does."""
-
-    def __init__(self, tree: ast.AST):
-        self._names: dict[str, str] = {}
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                name = node.id
-            elif isinstance(node, ast.arg):
-                name = node.arg
-            elif isinstance(node, ast.FunctionDef | ast.ClassDef):
-                name = node.name
-            else:
-                continue
-            self._names.setdefault(name, f"name{len(self._names)}")
-
-    def generic_visit(self, node: ast.AST) -> ast.AST:
-        for field in ("id", "arg", "name"):
-            if getattr(node, field, None) in self._names:
-                setattr(node, field, self._names[getattr(node, field)])
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and len(body) > 1:
-            node.body = [one for one in body if not _says_nothing(one)]  # type: ignore[attr-defined]
-        return super().generic_visit(node)
-
-
-def _says_nothing(statement: ast.AST) -> bool:
-    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
 
 
 def _load(truth: Mapping[str, Any]) -> Tests:

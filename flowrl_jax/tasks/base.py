@@ -57,6 +57,13 @@ class Task(Protocol):
         """Returns the verdict on a response; never raises on what a policy may write."""
         ...
 
+    def answer(self, response: str, row: Row) -> str | None:
+        """Returns what a response answers, right or wrong, in the form in which votes are counted.
+
+        None where it answers nothing, or the task has no answers apart from whole responses.
+        """
+        return None
+
     def demonstration(self, row: Row, rng: np.random.Generator) -> str:
         """Returns a correct response to imitate, drawn with `rng`.
 

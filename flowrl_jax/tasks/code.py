@@ -16,7 +16,8 @@ from flowrl_jax.rewards import code as reward
 from flowrl_jax.rewards.remote import Endpoint, EndpointConfig, Unavailable
 from flowrl_jax.sandbox.limits import Limits
 from flowrl_jax.sandbox.runner import Sandbox
-from flowrl_jax.tasks.base import Row, Verdict
+from flowrl_jax.tasks.base import Row, Task, Verdict
+from flowrl_jax.tasks.program_form import canonical_program
 
 OUTCOMES = ("correct", "wrong", "error", "timeout", "limit", "refused")
 
@@ -84,11 +85,11 @@ class CodeConfig:
         )
 
 
-class Code:
+class Code(Task):
     """The code task.
 
     Rows have `prompt` (the problem) and `tests` (any form that `rewards.code.parse` knows), and may
-    have `source` ("taco", "livecodebench", ...), `starter_code` and `solution`.
+    have `data_source` ("taco", "livecodebench", ...), `starter_code` and `solution`.
 
     Args:
         config: the settings.
@@ -139,7 +140,8 @@ class Code:
         outcome = self._outcome(program, row)
         if outcome != "correct":
             return Verdict(wrong, None, outcome)
-        return Verdict(self.config.reward_correct, reward.canonical(program), outcome)
+        form = canonical_program(program) or program
+        return Verdict(self.config.reward_correct, form, outcome)
 
     def demonstration(self, row: Row, rng: np.random.Generator) -> str:
         """Returns the row's `solution` in a fenced block.
@@ -221,4 +223,4 @@ def _tests(row: Row) -> reward.Tests:
             f"code prompt {row.get('prompt_id')}: no 'tests' to judge by; give every row some, and"
             " name their field in data.options"
         )
-    return reward.parse(truth, str(row.get("source") or "").lower())
+    return reward.parse(truth, str(row.get("data_source") or "").lower())

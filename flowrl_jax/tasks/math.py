@@ -8,8 +8,11 @@ import numpy as np
 
 from flowrl_jax.errors import InputError
 from flowrl_jax.rewards import math as released
+from flowrl_jax.rewards.answers import normal_form
 from flowrl_jax.rewards.compose import ComposeConfig, Composer
+from flowrl_jax.rewards.extraction import extract
 from flowrl_jax.rewards.verify import Verifier, VerifierConfig
+from flowrl_jax.tasks import templates
 from flowrl_jax.tasks.base import Row, Task, Verdict, nearest
 
 VERIFIERS = ("released", "semantic", "none")
@@ -20,8 +23,10 @@ class MathConfig(ComposeConfig):
     """Settings of the task; those of `ComposeConfig` add other rewards to that of correctness.
 
     Attributes:
-        wrap: put the instruction that the reward relies on around the prompt; False for prompts
-            that have one already, as those of the released training file do.
+        template: what stands around the problem: "dapo" asks for the "Answer:" line that the
+            released rule looks for, "boxed" for \\boxed; "plain" adds nothing, for prompts that
+            have an instruction already, as those of the released training file do; or a wording of
+            your own with {problem} in it.
         verifier: "released", the string rule that the release trains with; "semantic", equality as
             mathematics, as in the paper's evaluation; "none", correctness is not asked.
         reward_correct: reward of a right answer; 1 as released.
@@ -32,7 +37,7 @@ class MathConfig(ComposeConfig):
         worker_memory_mb: MiB of address space of each.
     """
 
-    wrap: bool = True
+    template: str = "dapo"
     verifier: str = "released"
     reward_correct: float = 1.0
     reward_wrong: float = -1.0
@@ -42,6 +47,7 @@ class MathConfig(ComposeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        templates.check(self.template)
         if self.verifier not in VERIFIERS:
             raise InputError(
                 f"task math: verifier={self.verifier!r} is unknown;"
@@ -87,7 +93,7 @@ class Math(Task):
             InputError: the row has no answer; better now than when a response is there to judge.
         """
         self._answer(row)
-        return question(row["prompt"]) if self.config.wrap else row["prompt"]
+        return templates.render(self.config.template, row["prompt"])
 
     def judge(self, response: str, row: Row) -> Verdict:
         """Returns whether a response has the answer.
@@ -121,10 +127,13 @@ class Math(Task):
         return "no_answer" if released.extract(response) is None else "wrong", None
 
     def answer(self, response: str, row: Row) -> str | None:
-        """Returns the normalised answer of a response, right or wrong, for votes; None without."""
+        """Returns the normalised answer of a response, right or wrong; None if it states none."""
         del row  # A response says what it answers.
-        found = reward.extract(response)
-        return None if found is None else reward.normalize(found)
+        if self._verifier is None:
+            found = released.extract(response)
+            return None if found is None else released.normalize(found)
+        found = extract(response)
+        return None if found is None else normal_form(found)
 
     def demonstration(self, row: Row, rng: np.random.Generator) -> str:
         """Returns the row's `solution`, with an "Answer:" line where it has none that is right.
@@ -162,17 +171,3 @@ class Math(Task):
                 " with; give every row an answer, and name its field in data.options.answer_field"
             )
         return answer
-
-
-def question(problem: str) -> str:
-    """Returns a problem with an instruction before it and a reminder after it.
-
-    The structure is that of DAPO's template (arXiv 2503.14476), the wording is ours; the
-    literal `Answer: $Answer` is what the reward looks for.
-    """
-    return (
-        "Work through the math problem below one step at a time. The response must end with a line"
-        " of the form Answer: $Answer, where $Answer stands for the solution of the problem."
-        f"\n\n{problem.strip()}\n\n"
-        'The last line, which begins with "Answer:", must not be forgotten.\n'
-    )
