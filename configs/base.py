@@ -69,7 +69,7 @@ def get_config() -> ml_collections.ConfigDict:
         "chat_options": {},  # what the template knows by name, e.g. enable_thinking
     }
     config.task = {
-        "name": "countdown",  # countdown or stories
+        "name": "countdown",  # code, countdown, math or stories
         "options": {},  # fields of the task's own config
     }
     config.data = {

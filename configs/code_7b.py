@@ -20,8 +20,10 @@ Expected, the paper's table 2 (LiveCodeBench and HumanEval+ in percent, Codeforc
     GRPO           32.75        52.32        1314              80.13
     FlowRL         37.43        56.27        1549              83.28
 
-Not there yet: the task `code`, which runs the policy's programs in a sandbox, comes with the issue
-"Tasks". Until then this config is read, and the run stops with `task 'code': unknown`.
+The policy's programs run in a sandbox (docs/rewards.md). What is comparable with the table:
+
+    python -m flowrl_jax.evaluate --config=configs/code_7b.py --run=runs/code_7b \\
+        --benchmarks=livecodebench,humanevalplus --temperature=0.6 --top_p=0.95
 """
 
 import ml_collections
