@@ -122,6 +122,7 @@ class Evaluator:
         if grading is None:  # another process judges these rows
             return []
         verdicts, texts = grading.verdicts(), grading.texts()
+        answers = [parts.task.answer(text, rows[i // count]) for i, text in enumerate(texts)]
         records = []
         for i, row in enumerate(rows):
             mine = slice(i * count, (i + 1) * count)
@@ -135,8 +136,8 @@ class Evaluator:
                     "form": forms,
                     # Right answers are one, however they are written.
                     "answer": [
-                        form or parts.task.answer(text, row)
-                        for form, text in zip(forms, texts[mine], strict=True)
+                        said and (form or said)
+                        for form, said in zip(forms, answers[mine], strict=True)
                     ],
                     "reward": [verdict.reward for verdict in verdicts[mine]],
                     "outcome": [verdict.outcome for verdict in verdicts[mine]],

@@ -32,7 +32,7 @@ def record(prompt, rng, samples=4, answers=True):
         "length": rng.integers(1, 9, samples).tolist(),
         "truncated": [False] * samples,
         "kl": [0.0] * samples,
-        **({"answer": [form or "none of these" for form in forms]} if answers else {}),
+        "answer": [(form or "none of these") if answers else None for form in forms],
     }
 
 
