@@ -2,15 +2,19 @@
 #   PYTHON       the interpreter that .venv is made from (3.11 or newer)
 #   ACCELERATOR  cpu, tpu or cuda: which jax is installed
 #   SEED         the seed of the quickstart
+#   WORKERS      processes that share the tests, about 4 GB each
 
 PYTHON ?= python3
 ACCELERATOR ?= cpu
 SEED ?=
+WORKERS ?= 2
 
 VENV := .venv
 RUN := $(VENV)/bin/python
 RUNTIME := $(VENV)/.installed-$(ACCELERATOR)
 TEST := $(VENV)/.installed-test-$(ACCELERATOR)
+# By files: the tests of one share runs that take minutes.
+SHARED := --numprocesses=$(WORKERS) --dist=loadfile
 EXTRA_cpu :=
 EXTRA_tpu := --extra tpu
 EXTRA_cuda := --extra cuda
@@ -31,10 +35,10 @@ quickstart: $(RUNTIME) ## warm-up, FlowRL and GRPO on Countdown, then runs/quick
 	$(RUN) -m flowrl_jax.quickstart --config=configs/quickstart.py --workdir=runs/quickstart $(if $(SEED),--config.seed=$(SEED))
 
 test: $(TEST) ## all tests
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(SHARED)
 
 test-fast: $(TEST) ## the tests that take seconds
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest $(SHARED) -m "not slow"
 
 test-accelerator: $(TEST) ## the tests that need the GPU or TPU named by ACCELERATOR
 	FLOWRL_TEST_PLATFORM=$(ACCELERATOR) $(RUN) -m pytest -m accelerator

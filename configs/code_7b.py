@@ -39,7 +39,15 @@ def get_config(preset: str = "flowrl_paper") -> ml_collections.ConfigDict:
     """
     config = math_7b.get_config(preset)
     config.model.path = "models/DeepSeek-R1-Distill-Qwen-7B"
-    config.task = {"name": "code", "options": {}}
+    config.task = {
+        "name": "code",
+        "options": {
+            "parallel": 8,  # programs that run at one time, on each host
+            "isolation": "auto",  # required: stop where the kernel allows no namespaces
+            "memory_mb": 2048,
+            "endpoint": "",  # URL that judges instead of the sandbox
+        },
+    }
     config.data.options.update(train="deepcoder", test="deepcoder")
     config.rollout.update(prompts_per_step=64, temperature=0.6)
     config.train.updates_per_rollout = 2  # of 32 prompts each

@@ -57,7 +57,15 @@ def get_config(preset: str = "flowrl_paper") -> ml_collections.ConfigDict:
     config.steps = 200  # not stated; see above
     config.model.update(path="models/Qwen2.5-7B", dtype="bfloat16", remat="full")
     config.tokenizer.chat = True
-    config.task = {"name": "math", "options": {"template": "dapo"}}
+    config.task = {
+        "name": "math",
+        "options": {
+            "template": "dapo",
+            "verifier": "released",  # or semantic
+            "time_limit": 5.0,  # seconds, of a comparison that sympy has to make
+            "function": "",  # a reward of your own (docs/rewards.md)
+        },
+    }
     config.data.update(
         builder="prompts",
         options={

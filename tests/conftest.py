@@ -26,7 +26,9 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     import jax
 
-    jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax-programs")))
+    # Two processes may not write one entry at a time.
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "alone")
+    jax.config.update("jax_compilation_cache_dir", str(cache.mkdir(f"jax-programs-{worker}")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
