@@ -220,9 +220,10 @@ class Watch:
 
 def kill_all(settings: dict[str, Any]) -> None:
     """Kills what this process started, and what that started, and so on."""
-    if settings["namespaces"]:
+    # From anywhere but process 1 of a namespace this would kill everything on the host.
+    if settings["namespaces"] and os.getpid() == 1:
         try:
-            os.kill(-1, signal.SIGKILL)  # from process 1: all others of the namespace
+            os.kill(-1, signal.SIGKILL)
         except ProcessLookupError:
             return
         return
@@ -240,7 +241,7 @@ def members(settings: dict[str, Any]) -> list[int]:
     except OSError:
         return []
     own = os.getpid()
-    if settings["namespaces"]:
+    if settings["namespaces"] and own == 1:
         return [process for process in everyone if process != own]
     parents = {process: _parent(process) for process in everyone}
     found, known = [own], {own}
