@@ -127,7 +127,7 @@ def _summary(
 
 def _show(workdir: Path) -> None:
     """Prints the table and some answers, and writes the report."""
-    data = report.load_workdir(workdir)
+    data = report.load([workdir])
     report.write(workdir / "report.html", data)
     report.write_plane(workdir / "accuracy_diversity.svg", data)
     print(f"\nHeld-out problems, mean and 95 % interval:\n\n{report.render_table(data.results)}\n")

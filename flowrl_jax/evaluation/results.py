@@ -29,17 +29,16 @@ Values = Mapping[str, Mapping[str, np.ndarray]]
 """Benchmark -> its `benchmark_values`."""
 
 
-def benchmark_values(records: Sequence[Record]) -> dict[str, np.ndarray]:
-    """The statistics of every prompt of a benchmark.
+def graded_values(records: Sequence[Record]) -> dict[str, np.ndarray]:
+    """The statistics of every prompt that follow from verdicts alone, without reading responses.
 
     Args:
-        records: as `graded.samples_from_records` takes them, with "responses", "reward", "outcome"
-            and "answer".
+        records: as `graded.samples_from_records` takes them, with "reward", "outcome" and "answer".
 
     Returns:
         Name -> [P] float64: avg_at_{n}, pass_at_{k} and, with answers, maj_at_{k} for k = 1, 2, 4,
-        ... n, reward, distinct_correct_{n}, effective_solutions, mean_length, truncated_fraction,
-        outcome/{word}, and `diversity_values` where n >= 2.
+        ... n, reward, distinct_correct_{n}, effective_solutions, mean_length, truncated_fraction
+        and outcome/{word}.
 
     Raises:
         InputError: the records are not of one evaluation.
@@ -47,10 +46,8 @@ def benchmark_values(records: Sequence[Record]) -> dict[str, np.ndarray]:
     samples = samples_from_records(records)
     n, counts = samples.num_samples, samples.solution_counts()
     values = {f"avg_at_{n}": avg_at_k(samples.correct), **pass_at_k_curve(samples.correct)}
-    answers: Any = [record["answer"] for record in records]
-    if not any(answer for each in answers for answer in each):
-        answers = None  # The task has none.
-    else:
+    answers = _answers(records)
+    if answers is not None:
         for k in curve_points(n):
             values[f"maj_at_{k}"] = maj_at_k(answers, samples.correct, k)
     values["reward"] = avg_at_k(np.array([record["reward"] for record in records], np.float64))
@@ -61,8 +58,31 @@ def benchmark_values(records: Sequence[Record]) -> dict[str, np.ndarray]:
     for word in sorted({word for record in records for word in record["outcome"]}):
         shares = [record["outcome"].count(word) / n for record in records]
         values[f"outcome/{word}"] = np.array(shares)
-    if n > 1:
-        values |= diversity_values([record["responses"] for record in records], answers=answers)
+    return values
+
+
+def _answers(records: Sequence[Record]) -> Any:
+    """What the responses answer, None where the task has no answers."""
+    answers = [record["answer"] for record in records]
+    return answers if any(answer for each in answers for answer in each) else None
+
+
+def benchmark_values(records: Sequence[Record]) -> dict[str, np.ndarray]:
+    """The statistics of every prompt of a benchmark.
+
+    Args:
+        records: as `graded_values` takes them, with "responses".
+
+    Returns:
+        Name -> [P] float64: `graded_values`, and `diversity_values` where n >= 2.
+
+    Raises:
+        InputError: the records are not of one evaluation.
+    """
+    values = graded_values(records)
+    responses = [record["responses"] for record in records]
+    if len(responses[0]) > 1:
+        values |= diversity_values(responses, answers=_answers(records))
     return values
 
 

@@ -1,22 +1,17 @@
-"""What a report shows, and how it is read from run folders."""
+"""What a report shows."""
 
 from __future__ import annotations
 
-import fnmatch
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from flowrl_jax.errors import InputError
 from flowrl_jax.evaluation import Summary
-from flowrl_jax.graded import read_records
-from flowrl_jax.metrics import read_metrics
 
-SAMPLES_FILE = "samples.jsonl"
-SUMMARY_FILE = "summary.json"
+HELD_OUT = "held-out problems"
+"""Name of the evaluation on a run's own data."""
 
 LABELS = {"warmup": "warm-up", "flowrl": "FlowRL", "grpo": "GRPO"}
 
@@ -28,8 +23,8 @@ class Series:
     Attributes:
       name: the curve's name in `Run.curves`.
       key: metric, may hold one `*` (the k of a statistic).
-      low: metric of the lower edge of its band, or "".
-      high: metric of the upper edge.
+      low: metric of the lower edge of its band, or "" for the key with `_low` at its end.
+      high: metric of the upper edge, or "" for the key with `_high`.
       title: heading of its panel, or "" if it has none of its own.
       note: said below the title: what it is a mean of, or its unit.
       style: see `plot.Line`.
@@ -98,6 +93,8 @@ SERIES: tuple[Series, ...] = (
         low="log_z/monte_carlo_low",
         high="log_z/monte_carlo_high",
     ),
+    Series(name="residual", key="train/residual"),
+    Series(name="residual_abs", key="train/residual_abs"),
 )
 
 
@@ -141,12 +138,14 @@ class Sample:
       correct: whether it solves the prompt.
       form: canonical form of a correct response; equal forms are shown as the same solution.
       truncated: whether it was cut at the token limit.
+      outcome: what the task said of it, one word, or "".
     """
 
     response: str
     correct: bool
     form: str | None = None
     truncated: bool = False
+    outcome: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,10 +155,40 @@ class SampleGroup:
     Attributes:
       prompt: its text.
       samples: policy name to its responses.
+      problem: its id, as `Evaluation.problems` has it.
+      evaluation: name of the evaluation it is from.
     """
 
     prompt: str
     samples: Mapping[str, Sequence[Sample]]
+    problem: int | None = None
+    evaluation: str = HELD_OUT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What policies did on the problems of one data set.
+
+    Attributes:
+      problems: [P] id of each problem.
+      rates: policy name -> [P] share of its samples that are correct, NaN where it was not given
+        the problem.
+      samples: policy name -> samples of each problem.
+      figures: policy name -> metric -> interval, see `evaluation.results.graded_values`.
+    """
+
+    problems: Sequence[int]
+    rates: Mapping[str, Sequence[float]]
+    samples: Mapping[str, int]
+    figures: Mapping[str, Summary] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for policy, rates in self.rates.items():
+            if len(rates) != len(self.problems):
+                raise InputError(
+                    f"{policy} has {len(rates)} pass rates for {len(self.problems)} problems; give"
+                    " one for each, NaN where there is none"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +205,7 @@ class ReportData:
       differences: heading (e.g. "FlowRL minus GRPO") -> metric -> interval of the paired
         difference, as `evaluation.paired_difference` gives it.
       runs: policy name -> learning curves.
+      evaluations: name of a data set (`HELD_OUT` for the runs' own) -> what policies did on it.
       samples: prompts with the responses of the policies.
       labels: policy name -> display name, besides `LABELS`.
       command: the command that reproduces the run.
@@ -191,6 +221,7 @@ class ReportData:
     start: str | None = None
     differences: Mapping[str, Summary] = field(default_factory=dict)
     runs: Mapping[str, Run] = field(default_factory=dict)
+    evaluations: Mapping[str, Evaluation] = field(default_factory=dict)
     samples: Sequence[SampleGroup] = ()
     labels: Mapping[str, str] = field(default_factory=dict)
     command: str = ""
@@ -215,7 +246,8 @@ class ReportData:
     def policies(self) -> list[str]:
         """Names of all policies, in the order that fixes their colours."""
         shown = [name for group in self.samples for name in group.samples]
-        return list(dict.fromkeys([*self.results, *self.runs, *shown]))
+        evaluated = [name for found in self.evaluations.values() for name in found.rates]
+        return list(dict.fromkeys([*self.results, *self.runs, *evaluated, *shown]))
 
     def label(self, policy: str) -> str:
         """Display name of a policy."""
@@ -252,159 +284,21 @@ def from_dict(values: Mapping[str, Any]) -> ReportData:
         }
         groups = [
             SampleGroup(
-                prompt=group["prompt"],
-                samples={
-                    name: [Sample(**sample) for sample in listed]
-                    for name, listed in group["samples"].items()
-                },
+                **{
+                    **group,
+                    "samples": {
+                        name: [Sample(**sample) for sample in listed]
+                        for name, listed in group["samples"].items()
+                    },
+                }
             )
             for group in values.pop("samples", ())
         ]
-        return ReportData(runs=runs, samples=groups, **values)
+        evaluations = {
+            name: Evaluation(**found) for name, found in values.pop("evaluations", {}).items()
+        }
+        return ReportData(runs=runs, evaluations=evaluations, samples=groups, **values)
     except (TypeError, KeyError) as error:
         raise InputError(
             f"report data do not fit ReportData: {error}; see its docstring"
         ) from error
-
-
-def load_run(path: str | Path) -> Run:
-    """Reads the learning curves of a run.
-
-    Args:
-      path: the run's folder, or its metrics.jsonl.
-
-    Returns:
-      The curves of `SERIES` that the run logged.
-
-    Raises:
-      InputError: there is no metrics file, it is damaged, or it holds none of the metrics of
-        `SERIES`.
-    """
-    curves = _read_curves(Path(path))
-    if not curves:
-        raise InputError(_no_curves(path))
-    return Run(curves=curves)
-
-
-def _no_curves(path: str | Path) -> str:
-    return (
-        f"{path} holds none of the metrics a report shows ({', '.join(s.key for s in SERIES)});"
-        " train with this version or add the names to SERIES of flowrl_jax/report/data.py"
-    )
-
-
-def _read_curves(path: Path) -> dict[str, Curve]:
-    records = read_metrics(path)
-    known = {key for record in records for key in record}
-    curves = {}
-    for series in SERIES:
-        # The shortest match, so that a `*` does not take "..._16_low" for "..._16".
-        key = min(fnmatch.filter(known, series.key), key=lambda k: (len(k), k), default=None)
-        if key is not None:
-            rows = [record for record in records if key in record]
-            band = series.low in known and series.high in known
-            nan = math.nan
-            curves[series.name] = Curve(
-                steps=[record["step"] for record in rows],
-                values=[record[key] for record in rows],
-                low=[record.get(series.low, nan) for record in rows] if band else (),
-                high=[record.get(series.high, nan) for record in rows] if band else (),
-            )
-    return curves
-
-
-def sample_groups(
-    records: Mapping[str, Sequence[Mapping[str, Any]]], *, prompts: int = 4, responses: int = 16
-) -> list[SampleGroup]:
-    """Picks prompts to show side by side: the first ones that at least one policy solved.
-
-    Nothing about how the policies compare enters the choice, so the picture is not a selected one.
-
-    Args:
-      records: policy name -> evaluation records (see `graded.samples_from_records`) with "prompt"
-        and "responses", on the same prompts.
-      prompts: how many to pick.
-      responses: how many responses of each policy to list.
-
-    Returns:
-      The groups, in the order of the records.
-    """
-    by_prompt: dict[int, dict[str, Mapping[str, Any]]] = {}
-    for policy, rows in records.items():
-        for row in rows:
-            by_prompt.setdefault(row["prompt_id"], {})[policy] = row
-    chosen = [
-        rows
-        for rows in by_prompt.values()
-        if len(rows) == len(records) and any(any(row["correct"]) for row in rows.values())
-    ]
-    return [
-        SampleGroup(
-            prompt=next(iter(rows.values()))["prompt"],
-            samples={
-                policy: [
-                    Sample(response=r, correct=c, form=f, truncated=t)
-                    for r, c, f, t in zip(
-                        row["responses"], row["correct"], row["form"], row["truncated"], strict=True
-                    )
-                ][:responses]
-                for policy, row in rows.items()
-            },
-        )
-        for rows in chosen[:prompts]
-    ]
-
-
-def load_workdir(workdir: str | Path) -> ReportData:
-    """Reads the folder of a job: its runs, their evaluations and its summary.
-
-    Args:
-      workdir: a run's folder (with metrics.jsonl), or a folder of such folders named by policy.
-        Read when there: `summary.json` ("policies" as `ReportData.results`, and any other field of
-        `ReportData` but runs and samples), and in each run's folder `samples.jsonl` (evaluation
-        records).
-
-    Returns:
-      The data of the report.
-
-    Raises:
-      InputError: the folder holds no run, or a file in it is damaged.
-    """
-    workdir = Path(workdir)
-    folders = {workdir.name: workdir}
-    if not (workdir / "metrics.jsonl").is_file():
-        children = sorted(workdir.iterdir()) if workdir.is_dir() else []
-        folders = {c.name: c for c in children if (c / "metrics.jsonl").is_file()}
-    if not folders:
-        raise InputError(
-            f"{workdir} holds no metrics.jsonl, nor does a folder in it; train with"
-            f" --workdir={workdir}"
-        )
-    fields: dict[str, Any] = {"title": workdir.name}
-    if (workdir / SUMMARY_FILE).is_file():
-        try:
-            found = json.loads((workdir / SUMMARY_FILE).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{workdir / SUMMARY_FILE} is not JSON ({error}); run the job again"
-            ) from error
-        fields["results"] = found.pop("policies", {})
-        wanted = ReportData.__dataclass_fields__.keys() - {"runs", "samples", "results"}
-        fields |= {key: value for key, value in found.items() if key in wanted}
-    order = [name for name in fields.get("results", {}) if name in folders]
-    folders = {name: folders[name] for name in dict.fromkeys([*order, *folders])}
-    records = {
-        name: read_records(folder / SAMPLES_FILE)
-        for name, folder in folders.items()
-        if (folder / SAMPLES_FILE).is_file()
-    }
-    curves = {name: _read_curves(folder) for name, folder in folders.items()}
-    # A supervised warm-up among the runs logs none of these metrics; all runs without any is an
-    # error.
-    if not any(curves.values()):
-        raise InputError(_no_curves(workdir))
-    return ReportData(
-        runs={name: Run(curves=found) for name, found in curves.items() if found},
-        samples=sample_groups(records) if records else (),
-        **fields,
-    )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from importlib import resources
 
-from flowrl_jax.evaluation import Summary
-from flowrl_jax.report.data import SERIES, ReportData, Run, Sample, SampleGroup, Series
+from flowrl_jax.report.benchmarks import benchmarks_section
+from flowrl_jax.report.data import SERIES, ReportData, Run, Series
+from flowrl_jax.report.heatmap import heatmap_section
+from flowrl_jax.report.parts import dot, interval_table, legend, shape_of, signed
 from flowrl_jax.report.plane import colors, diversity_metric, equal_accuracy, plane_svg
-from flowrl_jax.report.plot import Line, calibration_chart, line_chart, mark, text, whisker
+from flowrl_jax.report.plot import Line, calibration_chart, line_chart, text
+from flowrl_jax.report.samples import samples_section
 from flowrl_jax.report.table import figure, heading
 
 # The browser itself then refuses anything that is not in the file.
@@ -34,9 +36,11 @@ def page(data: ReportData) -> str:
         _header(data),
         _results(data),
         _plane(data),
+        benchmarks_section(data),
+        heatmap_section(data),
         _learning(data),
         _log_z(data),
-        _samples(data),
+        samples_section(data),
         _settings(data),
         _footer(data),
     ]
@@ -50,21 +54,12 @@ def page(data: ReportData) -> str:
     )
 
 
-def _figure(value: float) -> str:
-    """A statistic with a proper minus sign, which the terminal's table does without."""
-    return figure(value).replace("-", "\N{MINUS SIGN}")
-
-
 def _header(data: ReportData) -> str:
     lead = f'<p class="lead">{text(data.summary)}</p>' if data.summary else ""
     return (
         f'<header><p class="eyebrow">flowrl_jax report</p><h1>{text(data.title)}</h1>{lead}'
         f"</header>{_tiles(data)}"
     )
-
-
-def _dot(color: str) -> str:
-    return f'<i class="dot" style="--c:{color}"></i>'
 
 
 def _tiles(data: ReportData) -> str:
@@ -83,11 +78,11 @@ def _tiles(data: ReportData) -> str:
         for name in ("pass_at_1", metric):
             origin = f", from {figure(start[name]['mean'])}" if name in start else ""
             pair.append(
-                f"<div><strong>{_figure(summary[name]['mean'])}</strong>"
+                f"<div><strong>{signed(summary[name]['mean'])}</strong>"
                 f'<span class="what">{heading(name)[0]}{origin}</span></div>'
             )
         tiles.append(
-            f'<div class="card tile"><h3>{_dot(palette[policy])}{text(data.label(policy))}</h3>'
+            f'<div class="card tile"><h3>{dot(palette[policy])}{text(data.label(policy))}</h3>'
             f'<div class="pair">{"".join(pair)}</div></div>'
         )
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
@@ -108,55 +103,16 @@ def _results(data: ReportData) -> str:
     if data.differences:
         names = {name: (name, "var(--ink)") for name in data.differences}
         differences = (
-            _interval_table(data.differences, names, metrics, "difference", zero=True)
+            interval_table(data.differences, names, metrics, "difference", zero=True)
             + '<p class="note under">Differences are taken prompt by prompt on the same prompts: an'
             " interval that leaves out zero is evidence even where the intervals above overlap.</p>"
         )
     return (
         "<section><h2>Results on held-out problems</h2>"
         '<p class="note">Mean over problems with its 95 % bootstrap interval.</p>'
-        + _interval_table(data.results, rows, metrics, "policy")
+        + interval_table(data.results, rows, metrics, "policy")
         + differences
         + f'<dl class="terms">{terms}</dl></section>'
-    )
-
-
-def _interval_table(
-    table: Mapping[str, Summary],
-    rows: Mapping[str, tuple[str, str]],
-    metrics: Sequence[str],
-    corner: str,
-    *,
-    zero: bool = False,
-) -> str:
-    """A table of means with intervals; `rows` gives each row's heading and colour."""
-    spans = {}
-    for metric in metrics:
-        edges = [v for s in table.values() if metric in s for v in s[metric].values()]
-        edges += [0.0] if zero else []
-        spans[metric] = (min(edges, default=0.0), max(edges, default=1.0))
-    head = "".join(
-        f'<th scope="col" title="{text(heading(m)[1])}">{text(heading(m)[0])}</th>' for m in metrics
-    )
-    body = []
-    for name, summary in table.items():
-        label, color = rows[name]
-        cells = []
-        for metric in metrics:
-            if metric not in summary:
-                cells.append("<td>-</td>")
-                continue
-            v = summary[metric]
-            picture = whisker((v["mean"], v["low"], v["high"]), spans[metric], color, zero=zero)
-            cells.append(
-                f"<td><b>{_figure(v['mean'])}</b>{picture}"
-                f"<small>{_figure(v['low'])} to {_figure(v['high'])}</small></td>"
-            )
-        title = text(label) if zero else _dot(color) + text(label)
-        body.append(f'<tr><th scope="row">{title}</th>{"".join(cells)}</tr>')
-    return (
-        f'<div class="card scroll"><table><thead><tr><th scope="col">{corner}</th>{head}</tr>'
-        f"</thead><tbody>{''.join(body)}</tbody></table></div>"
     )
 
 
@@ -179,7 +135,7 @@ def _plane(data: ReportData) -> str:
         first, second, at = compared
         palette = colors(data)
         values = "".join(
-            f'<span class="big">{_dot(palette[name])}{_figure(float(value))}'
+            f'<span class="big">{dot(palette[name])}{signed(float(value))}'
             f" <small>{text(data.label(name))}</small></span>"
             for name, value in ((first, at.first[-1]), (second, at.second[-1]))
         )
@@ -194,26 +150,6 @@ def _plane(data: ReportData) -> str:
         " while keeping many. Comparing the two at equal accuracy separates the effects.</p>"
         f'<div class="card wide"><div>{svg}</div><aside>{aside}</aside></div></section>'
     )
-
-
-def _legend(data: ReportData, policies: Sequence[str]) -> str:
-    palette = colors(data)
-    items = []
-    for policy in policies:
-        color = palette[policy]
-        shape = _shape(data, policy)
-        sign = mark(shape, 13, 6, 3.6, f'fill="{color}"')
-        items.append(
-            '<li><svg viewBox="0 0 26 12" aria-hidden="true">'
-            f'<path d="M1 6H25" stroke="{color}" stroke-width="2"/>{sign}</svg>'
-            f"{text(data.label(policy))}</li>"
-        )
-    return f'<ul class="legend">{"".join(items)}</ul>'
-
-
-def _shape(data: ReportData, policy: str) -> int:
-    trained = [name for name in data.policies if name != data.start]
-    return trained.index(policy) if policy in trained else 3
 
 
 def _panel(data: ReportData, series: Series, last_step: float) -> str:
@@ -231,7 +167,7 @@ def _panel(data: ReportData, series: Series, last_step: float) -> str:
                     low=curve.low,
                     high=curve.high,
                     style=series.style,
-                    shape=_shape(data, policy),
+                    shape=shape_of(data, policy),
                 )
             )
     if not lines:
@@ -251,7 +187,7 @@ def _learning(data: ReportData) -> str:
         "<section><h2>Learning curves</h2>"
         '<p class="note">Marks are evaluations on held-out problems. Lines without marks are'
         " training steps: every value faint, their moving average strong.</p>"
-        f'{_legend(data, list(data.runs))}<div class="grid">{panels}</div></section>'
+        f'{legend(data, list(data.runs))}<div class="grid">{panels}</div></section>'
     )
 
 
@@ -309,61 +245,6 @@ def _log_z(data: ReportData) -> str:
         " Monte-Carlo estimate from the group of samples (grey, dashed, with its interval). Where"
         " the two part, the learned baseline of the loss is off.</p>"
         f'<div class="grid two">{"".join(figures)}</div></section>'
-    )
-
-
-def _answers(samples: Sequence[Sample], numbers: dict[str, int]) -> str:
-    """The responses of one policy; `numbers` names the prompt's solutions and grows."""
-    seen: set[int] = set()
-    items = []
-    for sample in samples:
-        badge = '<span class="badge">cut</span>' if sample.truncated else ""
-        if sample.correct:
-            form = sample.form if sample.form is not None else sample.response
-            number = numbers.setdefault(form, len(numbers) + 1)
-            shade = "badge" if number in seen else "badge new"
-            badge = f'<span class="{shade}">solution {number}</span>'
-            seen.add(number)
-        sign = (
-            '<span class="ok" title="correct">✓</span>'
-            if sample.correct
-            else '<span class="no" title="wrong">✗</span>'
-        )
-        kind = "right" if sample.correct else "wrong"
-        items.append(
-            f'<li class="{kind}">{sign}<pre>{text(sample.response.strip() or "(empty)")}</pre>'
-            f"{badge}</li>"
-        )
-    right = sum(sample.correct for sample in samples)
-    return (
-        f'<p class="count">{right} of {len(samples)} correct, {len(seen)} distinct</p>'
-        f'<ul class="answers">{"".join(items)}</ul>'
-    )
-
-
-def _samples(data: ReportData) -> str:
-    if not data.samples:
-        return ""
-    palette = colors(data)
-
-    def group_html(group: SampleGroup) -> str:
-        numbers: dict[str, int] = {}
-        columns = "".join(
-            f"<section><h3>{_dot(palette[policy])}{text(data.label(policy))}</h3>"
-            f"{_answers(samples, numbers)}</section>"
-            for policy, samples in group.samples.items()
-        )
-        return (
-            f'<article class="card prompt"><header><pre>{text(group.prompt.strip())}</pre></header>'
-            f'<div class="columns">{columns}</div></article>'
-        )
-
-    return (
-        "<section><h2>Samples side by side</h2>"
-        '<p class="note">Responses as drawn. Correct ones carry the number of their solution,'
-        " the same for all policies; it is filled where a policy finds that solution first.</p>"
-        + "".join(group_html(group) for group in data.samples)
-        + "</section>"
     )
 
 

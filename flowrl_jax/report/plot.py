@@ -17,14 +17,28 @@ MAX_POINTS = 600  # more points than pixels only make the file larger
 CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10, 13)} | {
     127: 0x2421
 }
+# Characters that change how others are shown, or that XML forbids: their names are shown instead.
+_INVISIBLE = [
+    *range(0x80, 0xA0),
+    0x061C,
+    0x200B,
+    0x200E,
+    0x200F,
+    *range(0x2028, 0x202F),
+    *range(0x2060, 0x2070),
+    0xFEFF,
+    0xFFFE,
+    0xFFFF,
+]
+SHOWN = CONTROL_PICTURES | {code: f"\u27e6U+{code:04X}\u27e7" for code in _INVISIBLE}
 
 
 def text(value: object) -> str:
     """Escapes a value for HTML and XML, in text and in quoted attributes.
 
-    Control characters, which XML forbids, become their pictures; unpaired surrogates become
-    question marks."""
-    clean = str(value).translate(CONTROL_PICTURES).encode("utf-8", "replace").decode("utf-8")
+    Control characters, which XML forbids, become their pictures; those that turn the direction of
+    writing or cannot be seen become their numbers, unpaired surrogates question marks."""
+    clean = str(value).translate(SHOWN).encode("utf-8", "replace").decode("utf-8")
     return escape(clean, quote=True)
 
 
@@ -43,6 +57,7 @@ class Line:
         value).
       dashed: whether the line is dashed.
       shape: index of the mark.
+      unit: what positions count.
     """
 
     label: str
@@ -54,6 +69,7 @@ class Line:
     style: str = "marks"
     dashed: bool = False
     shape: int = 0
+    unit: str = "step"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +96,26 @@ class Scale:
                 # Adding zero turns -0.0 into 0.0.
                 return [f"{round(t, decimals) + 0.0:.{decimals}f}" for t in self.ticks]
         return [f"{t:.2g}" for t in self.ticks]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoublingScale(Scale):
+    """A map to pixels on which every doubling is one step; low, high and ticks are positive."""
+
+    def __call__(self, value: float) -> float:
+        """Pixel of a value."""
+        share = math.log2(value / self.low) / math.log2(self.high / self.low)
+        return self.start + share * (self.end - self.start)
+
+    def labels(self) -> list[str]:
+        """The ticks as text."""
+        return [f"{t:g}" for t in self.ticks]
+
+
+def doubling_scale(last: int, start: float, end: float) -> DoublingScale:
+    """A scale from 1 to `last` with a tick at every power of two; `start`, `end` in pixels."""
+    ticks = tuple(2.0**i for i in range(max(last, 2).bit_length()) if 2**i <= max(last, 2))
+    return DoublingScale(low=1.0, high=float(max(last, 2)), start=start, end=end, ticks=ticks)
 
 
 def nice_scale(
@@ -248,7 +284,7 @@ def _line_elements(line: Line, x: Scale, y: Scale) -> str:
         fill = f'fill="{line.color}" stroke="var(--paper)" stroke-width="1.2"'
         for at, value, pixel in zip(xs, ys, pixels, strict=True):
             if math.isfinite(value):
-                title = f"{line.label}, step {at:g}: {value:.4g}"
+                title = f"{line.label}, {line.unit} {at:g}: {value:.4g}"
                 parts.append(mark(line.shape, pixel, y(value), 3.4, fill, title))
     return "".join(parts)
 
@@ -260,10 +296,11 @@ def line_chart(
     x_label: str = "step",
     x_range: tuple[float, float] | None = None,
     bounds: tuple[float, float] = (-math.inf, math.inf),
+    doubling: bool = False,
     width: float = 340,
     height: float = 220,
 ) -> str:
-    """A chart of values over training steps.
+    """A chart of values over training steps, or over numbers of samples.
 
     Args:
       lines: drawn in order, the last on top.
@@ -271,6 +308,7 @@ def line_chart(
       x_label: title of the x axis.
       x_range: steps the axis spans; by default those of the lines.
       bounds: limits of the y axis.
+      doubling: whether the x axis goes from 1 by doublings.
       width: of the view box, in pixels.
       height: of the view box, in pixels.
 
@@ -279,6 +317,8 @@ def line_chart(
     """
     span = x_range or (0.0, max((v for line in lines for v in line.x), default=1.0))
     x = nice_scale(span, 42, width - 14, count=4)
+    if doubling:
+        x = doubling_scale(int(span[1]), 48, width - 14)
     values = [v for line in lines for v in (*line.y, *line.low, *line.high)]
     y = nice_scale(values, height - 44, 12, count=4, bounds=bounds)
     body = "".join(_line_elements(line, x, y) for line in lines)

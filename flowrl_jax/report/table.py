@@ -46,6 +46,8 @@ def heading(metric: str) -> tuple[str, str]:
     Returns:
       (heading, explanation); a metric not known here is its own heading, without explanation.
     """
+    if metric.startswith("outcome/"):
+        return metric.removeprefix("outcome/").replace("_", " "), "share of the responses"
     for pattern, name, meaning in _HEADINGS:
         match = re.fullmatch(pattern, metric)
         if match:
