@@ -171,15 +171,15 @@ def test_hostile_text_stays_text(data) -> None:
     assert document.prose.count("<script>alert('1')</script>") >= 6
 
 
-def test_same_solution_has_one_number_and_is_filled_once_per_policy(data) -> None:
+def test_same_solution_has_one_number_and_is_filled_where_it_is_found_first(data) -> None:
     html = page(data)
     badges = re.findall(r'<span class="(badge[^"]*)">([^<]*)</span>', html)
     assert badges == [
-        ("badge", "cut"),
+        ("badge", "wrong"),
+        ("badge", "1 cut"),
         ("badge new", "solution 1"),
-        ("badge", "solution 1"),
         ("badge new", "solution 2"),
-        ("badge new", "solution 1"),
+        ("badge", "solution 1"),
     ]
 
 
@@ -326,6 +326,8 @@ def test_long_curves_stay_small() -> None:
 
 def test_text_escapes_attributes_too() -> None:
     assert text("a\"'<&>\x01\n") == "a&quot;&#x27;&lt;&amp;&gt;\u2401\n"
+    # What turns the direction of writing would show another text than the one that was judged.
+    assert text("1\u202e2\x85") == "1\u27e6U+202E\u27e72\u27e6U+0085\u27e7"
 
 
 def test_table_shows_means_and_intervals() -> None:
@@ -383,7 +385,7 @@ def workdir(tmp_path) -> Path:
 
 
 def test_workdir_is_read(workdir) -> None:
-    data = report.load_workdir(workdir)
+    data = report.load([workdir])
     assert data.title == "job" and data.seconds == 12.5
     assert data.policies == ["warmup", "flowrl", "grpo"] and list(data.runs) == ["flowrl", "grpo"]
     curves = data.runs["flowrl"].curves
@@ -391,8 +393,10 @@ def test_workdir_is_read(workdir) -> None:
     assert curves["distinct_correct"].steps == [2, 4]
     assert curves["distinct_correct"].values == [2.0, 4.0]
     np.testing.assert_array_equal(curves["reward"].values, [0.1, math.nan, 0.3, 0.4])
-    # Prompt 0 is solved by nobody.
-    assert [group.prompt for group in data.samples] == [f"make {p}" for p in (1, 2, 3, 4)]
+    # Prompt 0 is solved by nobody: it comes last.
+    assert [group.prompt for group in data.samples] == [
+        f"make {p}" for p in (1, 2, 3, 4, 5, 6, 7, 0)
+    ]
     assert list(data.samples[0].samples) == ["warmup", "flowrl", "grpo"]
     Document(page(data))
 
@@ -400,21 +404,24 @@ def test_workdir_is_read(workdir) -> None:
 def test_run_folder_alone_is_read(workdir) -> None:
     assert "reward" in report.load_run(workdir / "flowrl").curves
     assert report.load_run(workdir / "flowrl" / "metrics.jsonl").curves
-    assert list(report.load_workdir(workdir / "grpo").runs) == ["grpo"]
+    assert list(report.load([workdir / "grpo"]).runs) == ["grpo"]
 
 
 def test_folder_without_a_run_is_refused(workdir, tmp_path) -> None:
     with pytest.raises(InputError, match="holds none of the metrics"):
         report.load_run(workdir / "warmup")
-    with pytest.raises(InputError, match=r"holds no metrics\.jsonl"):
-        report.load_workdir(tmp_path / "absent")
+    with pytest.raises(InputError, match="absent does not exist"):
+        report.load([tmp_path / "absent"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"holds no metrics\.jsonl and no judged samples"):
+        report.load([tmp_path / "empty"])
     (workdir / "summary.json").write_text("{")
     with pytest.raises(InputError, match="is not JSON"):
-        report.load_workdir(workdir)
+        report.load([workdir])
 
 
 def test_command_writes_report_and_picture(workdir, tmp_path) -> None:
-    command = [sys.executable, "-m", "flowrl_jax.report", f"--workdir={workdir}"]
+    command = [sys.executable, "-m", "flowrl_jax.report", str(workdir)]
     done = subprocess.run(
         [*command, f"--plane={tmp_path / 'plane.svg'}"],
         capture_output=True,
@@ -429,7 +436,7 @@ def test_command_writes_report_and_picture(workdir, tmp_path) -> None:
 
 
 def test_command_names_a_wrong_folder_in_one_line(tmp_path, capsys) -> None:
-    assert main([f"--workdir={tmp_path}"]) == 2
+    assert main([str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and str(tmp_path) in error
     assert not (tmp_path / "report.html").exists()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from flowrl_jax.report.data import HELD_OUT, Evaluation, ReportData
-from flowrl_jax.report.parts import interval_table, legend, shape_of
+from flowrl_jax.report.parts import dot, interval_table, legend, shape_of
 from flowrl_jax.report.plane import colors
 from flowrl_jax.report.plot import Line, line_chart, text
+from flowrl_jax.report.table import heading
 
 # Statistics of the table, in its order; the number is that of the samples, k.
 _TABLE = (
@@ -20,6 +21,7 @@ _TABLE = (
     "mean_length",
     "truncated_fraction",
 )
+_OUTCOME = "outcome/"
 _CURVES = (
     ("pass_at_", "pass@k", "chance that one of k samples is correct"),
     ("maj_at_", "maj@k", "chance that the most frequent answer of k is correct"),
@@ -52,19 +54,43 @@ def _evaluation(data: ReportData, name: str, found: Evaluation) -> str:
     palette = colors(data)
     rows = {policy: (data.label(policy), palette[policy]) for policy in found.figures}
     known = list(dict.fromkeys(m for summary in found.figures.values() for m in summary))
-    outcomes = [metric for metric in known if metric.startswith("outcome/")]
     # The run's own figures are at the top of the page.
     shown = [] if name == HELD_OUT and data.results else _largest(known)
-    tables = "".join(
-        interval_table(found.figures, rows, metrics, corner)
-        for metrics, corner in ((shown, "policy"), (outcomes, "outcome"))
-        if metrics
-    )
+    table = interval_table(found.figures, rows, shown, "policy") if shown else ""
     curves = "".join(_curve(data, found, name, *curve) for curve in _CURVES)
-    if curves:
-        curves = legend(data, list(found.figures)) + f'<div class="grid two">{curves}</div>'
+    names = legend(data, list(found.figures)) if curves else ""
+    figures = names + f'<div class="grid two">{curves}{_outcomes(found, rows)}</div>'
     title = f'<h3 class="part">{text(name)} <small>{_size(data, found)}</small></h3>'
-    return title + tables + curves
+    return title + table + figures
+
+
+def _outcomes(found: Evaluation, rows: Mapping[str, tuple[str, str]]) -> str:
+    """Shares of the outcomes, a bar for every policy."""
+    known = {m for summary in found.figures.values() for m in summary if m.startswith(_OUTCOME)}
+    # The most frequent ones first, after the correct.
+    totals = {m: sum(s[m]["mean"] for s in found.figures.values() if m in s) for m in known}
+    order = sorted(known, key=lambda m: (m != f"{_OUTCOME}correct", -totals[m], m))
+    if not order:
+        return ""
+    items = []
+    for policy, summary in found.figures.items():
+        shares = [(i, heading(m)[0], summary[m]) for i, m in enumerate(order) if m in summary]
+        bar = "".join(
+            f'<i class="o{min(i, 5)}" style="width:{100 * v["mean"]:.2f}%"></i>'
+            for i, _, v in shares
+        )
+        words = "".join(
+            f'<span title="{100 * v["low"]:.1f} to {100 * v["high"]:.1f} %">'
+            f'<i class="o{min(i, 5)}"></i>{text(word)} {100 * v["mean"]:.1f} %</span>'
+            for i, word, v in shares
+        )
+        label, color = rows[policy]
+        items.append(
+            f'<li><b>{dot(color)}{text(label)}</b><span class="bar">{bar}</span>'
+            f'<span class="words">{words}</span></li>'
+        )
+    title = "<h3>Outcomes <small>shares of all responses</small></h3>"
+    return f'<figure class="card">{title}<ul class="shares">{"".join(items)}</ul></figure>'
 
 
 def _size(data: ReportData, found: Evaluation) -> str:

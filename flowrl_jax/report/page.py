@@ -17,6 +17,19 @@ from flowrl_jax.report.table import figure, heading
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 LOG_Z_HEIGHT = 270.0
+# Lines (label, curve), the grey one first; what they are; what the panel's heading says.
+_LOG_Z_PANELS = (
+    (
+        (("Monte Carlo", "log_z_monte_carlo"), ("learned", "log_z")),
+        "log Z",
+        "learned, and estimated (grey)",
+    ),
+    (
+        (("mean size", "residual_abs"), ("mean", "residual")),
+        "residual",
+        "residual of the balance: its mean, and mean size (grey)",
+    ),
+)
 
 
 def page(data: ReportData) -> str:
@@ -185,7 +198,8 @@ def _learning(data: ReportData) -> str:
         return ""
     return (
         "<section><h2>Learning curves</h2>"
-        '<p class="note">Marks are evaluations on held-out problems. Lines without marks are'
+        '<p class="note">Marks are evaluations on held-out problems, with a band where the run'
+        " logged intervals. Lines without marks are"
         " training steps: every value faint, their moving average strong.</p>"
         f'{legend(data, list(data.runs))}<div class="grid">{panels}</div></section>'
     )
@@ -193,29 +207,28 @@ def _learning(data: ReportData) -> str:
 
 def _log_z_figures(label: str, color: str, run: Run) -> list[str]:
     figures = []
-    learned, estimate = run.curves.get("log_z"), run.curves.get("log_z_monte_carlo")
-    if learned is not None and estimate is not None:
+    for names, what, note in _LOG_Z_PANELS:
+        pairs = [(name, run.curves.get(key)) for name, key in names]
         lines = [
             Line(
                 label=name,
-                color=shade,
+                color=color if name != names[0][0] else "var(--muted)",
                 x=curve.steps,
                 y=curve.values,
                 low=curve.low,
                 high=curve.high,
                 style="smooth",
-                dashed=curve is estimate,
+                dashed=name == names[0][0],
             )
-            for name, shade, curve in (
-                ("Monte Carlo", "var(--muted)", estimate),
-                ("learned", color, learned),
-            )
+            for name, curve in pairs
+            if curve is not None
         ]
-        svg = line_chart(
-            lines, label=f"log Z of {label} over training", width=440, height=LOG_Z_HEIGHT
-        )
-        title = f"<h3>{text(label)} <small>over training</small></h3>"
-        figures.append(f'<figure class="card">{title}{svg}</figure>')
+        if len(lines) == len(names):
+            svg = line_chart(
+                lines, label=f"{what} of {label} over training", width=440, height=LOG_Z_HEIGHT
+            )
+            title = f"<h3>{text(label)} <small>{note}</small></h3>"
+            figures.append(f'<figure class="card">{title}{svg}</figure>')
     if run.log_z_points:
         svg = calibration_chart(
             run.log_z_points,
@@ -243,7 +256,8 @@ def _log_z(data: ReportData) -> str:
         "<section><h2>log Z, learned and estimated</h2>"
         '<p class="note">The partition function that FlowRL learns (coloured) against the'
         " Monte-Carlo estimate from the group of samples (grey, dashed, with its interval). Where"
-        " the two part, the learned baseline of the loss is off.</p>"
+        " the two part, the learned baseline of the loss is off, and the residual's mean with"
+        " it.</p>"
         f'<div class="grid two">{"".join(figures)}</div></section>'
     )
 

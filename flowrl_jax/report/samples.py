@@ -13,7 +13,7 @@ from flowrl_jax.report.plot import text
 
 MAX_CHARACTERS = 3_000_000  # of all responses and prompts of a page, so that browsers open it
 MAX_TEXT = 2_400  # of a response: its beginning and its end
-MAX_TEXTS = 3  # different responses of a group
+MAX_TEXTS = 3  # different responses of a group; more while they have SHORT characters together
 MAX_GROUPS = 12  # of a policy's for one problem
 SHORT = 240  # characters of a group that needs no unfolding
 _GIST = 90
@@ -135,21 +135,23 @@ def _outcome(sample: Sample) -> str:
 def _group(samples: Sequence[Sample], badge: str, *, right: bool) -> str:
     """Responses that are one solution, or have one outcome; equal texts are written once."""
     texts = Counter(sample.response.strip() for sample in samples)
-    pieces = []
-    for response, count in texts.most_common(MAX_TEXTS):
+    pieces, listed = [], []
+    for response, count in texts.most_common():
+        if len(listed) >= MAX_TEXTS and sum(map(len, (*listed, response))) > SHORT:
+            break
+        listed.append(response)
         times = _times(count) if len(texts) > 1 else ""
         pieces.append(f'<div class="text">{times}<pre>{_text(response)}</pre></div>')
-    if len(texts) > MAX_TEXTS:
-        pieces.append(_left(texts))
+    if len(texts) > len(listed):
+        pieces.append(_left(texts, len(listed)))
     sign = (
         '<span class="ok" title="correct">✓</span>'
         if right
         else '<span class="no" title="wrong">✗</span>'
     )
-    head = f'{sign}{_times(len(samples))}{badge}'
+    head = f"{sign}{_times(len(samples))}{badge}"
     gist = _gist(next(iter(texts)))
     body = "".join(pieces)
-    listed = [response for response, _ in texts.most_common(MAX_TEXTS)]
     kind = "right" if right else "wrong"
     if sum(map(len, listed)) <= SHORT and not any(r.count("\n") > 2 for r in listed):
         return f'<li class="{kind}"><p>{head}</p>{body}</li>'
@@ -163,8 +165,8 @@ def _times(count: int) -> str:
     return f'<span class="times">{count} \N{MULTIPLICATION SIGN}</span>'
 
 
-def _left(texts: Mapping[str, int]) -> str:
-    counts = sorted(texts.values(), reverse=True)[MAX_TEXTS:]
+def _left(texts: Mapping[str, int], shown: int) -> str:
+    counts = sorted(texts.values(), reverse=True)[shown:]
     return f'<p class="left">and {sum(counts)} more with {len(counts)} other texts, left out</p>'
 
 
