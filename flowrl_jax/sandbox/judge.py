@@ -141,16 +141,13 @@ class Remote:
 
 
 class _Named:
-    """A name of the program, looked up when it is first used."""
+    """A name of the program, looked up there whenever it is used."""
 
     def __init__(self, program: Program, name: str):
         self._program, self._name = program, name
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        found = self._program.ask("name", self._name)
-        if not callable(found):
-            raise Failed("error", f"{self._name!r} of the program is no function")
-        return found(*arguments, **named)
+        return self._program.ask("run", self._name, *arguments, **named)
 
 
 def _number(value: Any) -> int:

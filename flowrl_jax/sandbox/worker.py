@@ -110,6 +110,8 @@ def _perform(do: str, namespace: dict[str, Any], arguments: list[Any], named: di
     if do == "name":
         return _find(namespace, arguments[0])
     first, *rest = arguments
+    if do == "run":
+        return _find(namespace, first)(*rest, **named)
     if do == "call":
         return first(*rest, **named)
     if do == "list":
