@@ -41,7 +41,12 @@ _REWRITTEN = tuple(
         (r"[\u2212\u2013]", "-"),
         (r"π", r"\\pi "),
         (r"∞", r"\\infty "),
-        (r"√(\w)", r"\\sqrt{\1}"),
+        (r"∪", r"\\cup "),
+        (r"²", "^2"),
+        (r"³", "^3"),
+        (r"½", r"\\frac{1}{2}"),
+        (r"√\(([^()]{1,80})\)|√(\d+|\w)", r"\\sqrt{\1\2}"),
+        (r"√(?=\{)", r"\\sqrt"),
         (r"\\(?:cdotp|cdot)(?![a-zA-Z])|\\ast\b|·", r"\\cdot "),
         (r"\u00d7", r"\\times "),
         (r"\\(?:lbrace|\{)", r"\\{"),
@@ -248,6 +253,16 @@ def _both_signs(text: str) -> str:
     """Writes an answer with `\\pm` as the two it stands for."""
     if "\\pm" not in text:
         return text
+    kind, items = _parts(text)
+    if kind not in ("bare", "{}"):
+        return _plus_and_minus(text)
+    inner = ",".join(map(_plus_and_minus, items))  # The other items of a set stand in it once.
+    return inner if kind == "bare" else f"\\{{{inner}\\}}"
+
+
+def _plus_and_minus(text: str) -> str:
+    if "\\pm" not in text:
+        return text
     plus = text.replace("\\pm", "+").replace("\\mp", "-")
     minus = text.replace("\\pm", "-").replace("\\mp", "+")
     return f"{plus.removeprefix('+')},{minus.removeprefix('+')}"
@@ -255,7 +270,7 @@ def _both_signs(text: str) -> str:
 
 def _parts(text: str) -> tuple[str, list[str]]:
     """Returns how an answer is bracketed ("", "bare", "()", "[)", "{}", ...) and its items."""
-    if text.startswith("\\{") and text.endswith("\\}"):
+    if text.startswith("\\{") and text.endswith("\\}") and _wraps(text[1:]):
         return "{}", split(text[2:-2])
     kind, inner = "", text
     if len(text) > 2 and text[0] in "([" and text[-1] in ")]" and _wraps(text):
@@ -270,7 +285,7 @@ def _wraps(text: str) -> bool:
     """Whether the first bracket of a text is closed by its last one."""
     depth = 0
     for place, mark in enumerate(text):
-        depth += (mark in "([") - (mark in ")]")
+        depth += (mark in "([{") - (mark in ")]}")
         if depth == 0:
             return place == len(text) - 1
     return False
