@@ -220,7 +220,9 @@ def reordered(answer: str, rng: random.Random) -> str | None:
 
 def with_unit(answer: str, rng: random.Random) -> str | None:
     """A unit after a number, or none where there was one."""
-    if found := re.fullmatch(r"(-?[\d.]+)\s*\\(?:text|mbox|mathrm)\{[a-z .]+\}(\^\{?[23]\}?)?", answer):
+    if found := re.fullmatch(
+        r"(-?[\d.]+)\s*\\(?:text|mbox|mathrm)\{[a-z .]+\}(\^\{?[23]\}?)?", answer
+    ):
         return found[1]
     if _INTEGER.fullmatch(answer) or _DECIMAL.fullmatch(answer):
         units = ("\\text{ cm}", "\\text{ units}", " \\text{ meters}", "\\,\\mathrm{km}")
@@ -252,8 +254,18 @@ def signs(answer: str, rng: random.Random) -> str | None:
     """Signs of Unicode for commands, products with a dot, fonts of words and of matrices."""
     known = (
         *(("\\pi", "π"), ("\\infty", "∞"), ("\\cup", "∪"), ("\\le ", "≤ "), ("\\ge ", "≥ ")),
-        *(("\\cdot", "\\times"), ("pmatrix", "bmatrix"), ("\\{", "\\lbrace "), ("\\}", "\\rbrace ")),
-        *(("\\text{", "\\textbf{"), ("\\text{", "\\mathrm{"), ("-", "\u2212"), ("\\sqrt", "\\sqrt ")),
+        *(
+            ("\\cdot", "\\times"),
+            ("pmatrix", "bmatrix"),
+            ("\\{", "\\lbrace "),
+            ("\\}", "\\rbrace "),
+        ),
+        *(
+            ("\\text{", "\\textbf{"),
+            ("\\text{", "\\mathrm{"),
+            ("-", "\u2212"),
+            ("\\sqrt", "\\sqrt "),
+        ),
     )
     usable = [(old, new) for old, new in known if old in answer]
     if re.search(r"\d\\sqrt", answer):
@@ -266,7 +278,9 @@ def signs(answer: str, rng: random.Random) -> str | None:
     old, new = rng.choice(usable)
     if old == "\\{" or old == "\\}":
         return answer.replace("\\{", "\\lbrace ").replace("\\}", "\\rbrace ")
-    return re.sub(re.escape(old) + ("(?![a-z])" if old[-1].isalpha() else ""), lambda _: new, answer)
+    return re.sub(
+        re.escape(old) + ("(?![a-z])" if old[-1].isalpha() else ""), lambda _: new, answer
+    )
 
 
 def rewritten(answer: str, rng: random.Random) -> str | None:
@@ -301,13 +315,13 @@ def digit(answer: str, rng: random.Random) -> str | None:
 
 def sign(answer: str, rng: random.Random) -> str | None:
     """A sign flipped."""
-    places = [found.start() for found in re.finditer(r"[+-]", answer)]
+    places = [found.start() for found in re.finditer(r"[+-](?!\s*0(?![.\d]))", answer)]
     if places:
         place = rng.choice(places)
         flipped = {"+": "-", "-": "+"}[answer[place]]
         return (answer[:place] + flipped + answer[place + 1 :]).strip("+")
     number_like = re.fullmatch(r"\\\$?[\d.]+.*|[\d.]+.*|\\[dt]?frac.*|\\sqrt.*", answer)
-    return f"-{answer}" if number_like and answer.strip("0.") else None
+    return f"-{answer}" if number_like and not re.match(r"0(?![.\d])", answer) else None
 
 
 def upside_down(answer: str, rng: random.Random) -> str | None:
@@ -361,7 +375,9 @@ def differ(answer: str, other: str) -> bool:
     parts = items(answer)[1], items(other)[1]
     if sorted(parts[0]) == sorted(parts[1]) and items(answer)[0] == items(other)[0]:
         return False
-    values = [value_of(re.sub(r"\\%|\\\$|\^\{?\\circ\}?|\\text\{.*", "", t)) for t in (answer, other)]
+    values = [
+        value_of(re.sub(r"\\%|\\\$|\^\{?\\circ\}?|\\text\{.*", "", t)) for t in (answer, other)
+    ]
     if values[0] is None or values[1] is None:
         return True
     return sympy.simplify(values[0] - values[1]) != 0
@@ -395,8 +411,13 @@ def measure(work: Sequence[Item], verifier: Verifier) -> tuple[dict[str, Any], l
     accepted = [judgement.outcome == "correct" for judgement in judged]
     counts = {}
     for right in (True, False):
-        chosen = [(one.kind, yes) for one, yes in zip(work, accepted, strict=True) if one.right is right]
-        total, good = Counter(kind for kind, _ in chosen), Counter(kind for kind, yes in chosen if yes)
+        chosen = [
+            (one.kind, yes) for one, yes in zip(work, accepted, strict=True) if one.right is right
+        ]
+        total, good = (
+            Counter(kind for kind, _ in chosen),
+            Counter(kind for kind, yes in chosen if yes),
+        )
         counts["references" if right else "corruptions"] = {
             kind: [good[kind], total[kind]] for kind in sorted(total)
         }
@@ -423,7 +444,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name:14} {summary(report[name])}", flush=True)
     verifier.close()
     every = {
-        right: {f"{name} {kind}": two for name in report for kind, two in report[name][right].items()}
+        right: {
+            f"{name} {kind}": two for name in report for kind, two in report[name][right].items()
+        }
         for right in ("references", "corruptions")
     }
     print(

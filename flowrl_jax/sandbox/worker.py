@@ -12,7 +12,7 @@ import signal
 import sys
 import types
 
-from flowrl_jax.sandbox import codec, kernel, wire
+from flowrl_jax.sandbox import codec, kernel, syscalls, wire
 
 TYPE_CHECKING = False  # typing's own would be an import that costs milliseconds of every start
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def confine(settings: dict[str, Any], seconds: float, keep: tuple[int, ...] = ()
     kernel.limit(resource.RLIMIT_NOFILE, settings["open_files"])
     kernel.limit(resource.RLIMIT_NPROC, settings["processes"])
     kernel.become(settings["user"])
+    syscalls.forbid()
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_IGN)  # a Python program meets an OSError instead
 
