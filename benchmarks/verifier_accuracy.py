@@ -1,9 +1,9 @@
 """What the semantic verifier accepts: real answers in other words, and the same ones corrupted.
 
-Every answer of a set is stated by responses in forms a model may write it in (fractions as decimals,
-sets in another order, radicals rationalised, units, separators, ...), and by responses with an
-error put in (a digit, a sign, a fraction upside down, a bracket, an item left out, ...). Forms that
-take algebra are made by sympy from an own reading of the answer, not by the verifier's.
+Every answer of a set is stated by responses in forms a model may write it in (fractions as
+decimals, sets in another order, radicals rationalised, units, separators, ...), and by responses
+with an error put in (a digit, a sign, a fraction upside down, a bracket, an item left out, ...).
+Forms that take algebra are made by sympy from a reading of the answer that is not the verifier's.
 
 python -m benchmarks.verifier_accuracy --data=FOLDER [--answers=1500] [--seed=0] [--list=FILE]
 """
@@ -253,7 +253,7 @@ def marked(answer: str, rng: random.Random) -> str | None:
 def signs(answer: str, rng: random.Random) -> str | None:
     """Signs of Unicode for commands, products with a dot, fonts of words and of matrices."""
     known = (
-        *(("\\pi", "π"), ("\\infty", "∞"), ("\\cup", "∪"), ("\\le ", "≤ "), ("\\ge ", "≥ ")),
+        *(("\\pi", "π"), ("\\infty", "∞"), ("\\cup", "\u222a"), ("\\le ", "≤ "), ("\\ge ", "≥ ")),
         *(
             ("\\cdot", "\\times"),
             ("pmatrix", "bmatrix"),

@@ -31,6 +31,9 @@ def execute(settings: dict[str, Any], requests: int, replies: int) -> None:
         requests: descriptor to read what to do from.
         replies: descriptor to write what came of it to.
     """
+    if settings["namespaces"] and os.getpid() != 1:
+        wire.send(replies, {"refused": "no namespace of process ids"})
+        return
     kernel.die_with_parent()
     kernel.hide_memory()
     nothing = os.open(os.devnull, os.O_RDWR)
