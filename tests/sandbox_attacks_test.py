@@ -1,6 +1,7 @@
 """Ways out, and ways to be right, that a program finds by knowing how a sandbox is made."""
 
 import os
+import shutil
 import subprocess
 
 import pytest
@@ -246,3 +247,14 @@ def test_without_a_namespace_of_process_ids_only_descendants_are_killed(monkeypa
     assert not {-1, 1, os.getpid(), os.getppid()} & set(killed)
     executor.execute({"namespaces": True}, 0, 1)
     assert said == [{"refused": "no namespace of process ids"}]
+
+
+def test_namespaces_are_not_refused_by_a_fault_of_ours():
+    """Where they are refused all other tests are skipped, which must be the machine's doing."""
+    unshare = shutil.which("unshare")
+    flags = ["--mount", "--uts", "--ipc", "--net", "--pid", "--fork", "--mount-proc"]
+    if os.geteuid() != 0:
+        flags += ["--user", "--map-root-user"]
+    if unshare is None or subprocess.run([unshare, *flags, "/bin/true"], check=False).returncode:
+        pytest.skip("unshare(1) gets no namespaces either")
+    assert not runner._refusal()
