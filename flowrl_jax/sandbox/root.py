@@ -26,6 +26,15 @@ def enter_root(settings: dict[str, Any]) -> None:
     kernel.mount("", "/", flags=kernel.MS_REC | kernel.MS_PRIVATE)
     base = settings["folder"]
     kernel.mount("tmpfs", base, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "size=1m,mode=0755")
+    # First: what is shown may itself lie below /tmp, as a virtual environment does there.
+    os.mkdir(f"{base}/tmp")
+    kernel.mount(
+        "tmpfs",
+        f"{base}/tmp",
+        "tmpfs",
+        kernel.MS_NOSUID | kernel.MS_NODEV,
+        f"size={settings['disk_mb']}m,nr_inodes=4096,mode=1777",
+    )
     shown: list[str] = []
     for path in (*_SYSTEM, *settings["shown"]):
         inside = any(os.path.commonpath([path, other]) == other for other in shown)
@@ -37,14 +46,6 @@ def enter_root(settings: dict[str, Any]) -> None:
         open(f"{base}/dev/{name}", "w").close()
         kernel.mount(f"/dev/{name}", f"{base}/dev/{name}", flags=kernel.MS_BIND)
     _proc(base)
-    os.mkdir(f"{base}/tmp")
-    kernel.mount(
-        "tmpfs",
-        f"{base}/tmp",
-        "tmpfs",
-        kernel.MS_NOSUID | kernel.MS_NODEV,
-        f"size={settings['disk_mb']}m,nr_inodes=4096,mode=1777",
-    )
     flags = kernel.MS_REMOUNT | kernel.MS_RDONLY | kernel.MS_NOSUID | kernel.MS_NODEV
     kernel.mount("tmpfs", base, "tmpfs", flags, "size=1m,mode=0755")
     kernel.change_root(base)
