@@ -157,7 +157,7 @@ def tried(what):
         return type(error).__name__
     return found
 
-import ctypes, os, socket
+import ctypes, os, socket, sys
 libc = ctypes.CDLL(None)
 print(tried(lambda: open('/proc/%(me)d/environ').read()))
 print(tried(lambda: os.kill(%(me)d, 9)))
@@ -173,7 +173,9 @@ print(tried(lambda: socket.create_connection(('127.0.0.1', %(port)d), 1)))
 print(tried(lambda: socket.create_connection(('192.0.2.1', 80), 1)))
 print(libc.mount(b'x', b'/tmp', b'tmpfs', 0, b''), libc.ptrace(16, 1, 0, 0))
 print(tried(lambda: os.setuid(0)) is None)
-print(libc.unshare(0x20000), %(secret)r in str(os.environ), len(os.listdir('/tmp')))
+print(libc.unshare(0x20000), %(secret)r in str(os.environ))
+# Where Python itself lies below /tmp, that is seen of it and nothing else.
+print([name for name in os.listdir('/tmp') if '/tmp/' + name not in str(sys.path)])
 print(sorted(p for p in os.listdir('/proc') if p.isdigit() and int(p) not in (1, os.getpid())))
 """
 KEPT_OUT = """FileNotFoundError
@@ -190,7 +192,8 @@ OSError
 OSError
 -1 -1
 False
--1 False 0
+-1 False
+[]
 []"""
 
 
