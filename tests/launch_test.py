@@ -755,10 +755,11 @@ def test_pauses_grow(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_saves_and_ends(tmp_path: Path, number: int) -> None:
     saved = tmp_path / "saved"
-    script = f"trap 'sleep 0.1; touch {saved}; exit 75' TERM\nwhile :; do sleep 0.02; done"
+    ready = tmp_path / "ready"  # to be told to stop
+    trap = f"trap 'sleep 0.1; touch {saved}; exit 75' TERM"
+    script = f"{trap}\ntouch {ready}\nwhile :; do sleep 0.02; done"
     process, starts = supervise(tmp_path, script)
-    wait_for(starts.exists)
-    time.sleep(0.1)
+    wait_for(ready.exists)
     process.send_signal(number)
     process.send_signal(number)  # clusters repeat themselves
     code, words, said = outcome(process, starts)
@@ -767,11 +768,10 @@ def test_a_signal_saves_and_ends(tmp_path: Path, number: int) -> None:
 
 
 def test_the_grace_period_ends(tmp_path: Path) -> None:
-    process, starts = supervise(
-        tmp_path, "trap '' TERM\nfor i in {1..200}; do sleep 0.02; done", FLOWRL_GRACE_SECONDS="0.2"
-    )
-    wait_for(starts.exists)
-    time.sleep(0.1)
+    ready = tmp_path / "ready"
+    script = f"trap '' TERM\ntouch {ready}\nfor i in {{1..200}}; do sleep 0.02; done"
+    process, starts = supervise(tmp_path, script, FLOWRL_GRACE_SECONDS="0.2")
+    wait_for(ready.exists)
     process.send_signal(signal.SIGTERM)
     code, words, said = outcome(process, starts)
     assert (code, len(words)) == (137, 1)
