@@ -85,6 +85,7 @@ def test_runs_and_files_are_read_together(runs, tmp_path) -> None:
     # The same from the files themselves, from their folder, and from a folder of the runs.
     files = [run / "benchmarks" / "aime24.jsonl" for run in runs]
     assert report.load(files).evaluations["aime24"].rates["one"] == found.rates["one"]
+    assert report.load(files).title == "aime24"
     assert list(report.load([runs[1] / "benchmarks"]).evaluations) == ["aime24"]
     assert list(report.load([tmp_path]).evaluations["aime24"].rates) == ["one", "two"]
     assert list(report.load([tmp_path, runs[0]]).evaluations["aime24"].rates) == ["one", "two"]
@@ -124,6 +125,7 @@ def test_own_problems_of_other_words_are_other_problems(tmp_path) -> None:
         ('{"prompt_id": 0, "correct": 3}\n', "does not hold judged samples"),
         (json.dumps(record(0, 1, form=[None] * 4)), "does not hold judged samples"),
         (json.dumps(record(0, 1, outcome=["wrong"])), "does not hold judged samples"),
+        (f"{json.dumps(record(0, 1))}\n" * 2, "prompt_id 0 is there 2 times"),
         ("\udcff\n", "does not hold judged samples"),
     ],
 )

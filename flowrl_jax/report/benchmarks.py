@@ -17,7 +17,6 @@ _TABLE = (
     r"pass_at_\d+",
     r"maj_at_\d+",
     r"distinct_correct_\d+",
-    "effective_solutions",
     "mean_length",
     "truncated_fraction",
 )
@@ -90,7 +89,7 @@ def _outcomes(found: Evaluation, rows: Mapping[str, tuple[str, str]]) -> str:
             f'<span class="words">{words}</span></li>'
         )
     title = "<h3>Outcomes <small>shares of all responses</small></h3>"
-    return f'<figure class="card">{title}<ul class="shares">{"".join(items)}</ul></figure>'
+    return f'<figure class="card whole">{title}<ul class="shares">{"".join(items)}</ul></figure>'
 
 
 def _size(data: ReportData, found: Evaluation) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,7 +188,10 @@ def _names(runs: Sequence[Path]) -> dict[str, Path]:
 
 
 def _title(paths: Sequence[Path]) -> str:
-    names = [path.resolve().name for path in paths]
+    """Names of folders and of evaluations, each once."""
+    names = list(
+        dict.fromkeys(p.resolve().stem if p.is_file() else p.resolve().name for p in paths)
+    )
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return ", ".join(names[:4]) + more
 
@@ -245,6 +249,10 @@ def _completed(path: Path) -> list[dict[str, Any]]:
                 if len(record[name]) != len(correct):
                     raise ValueError(f"{name} has {len(record[name])} of {len(correct)} samples")
         samples_from_records(records)
+        numbers = Counter((record["prompt_id"], record.get("prompt")) for record in records)
+        (number, _), times = numbers.most_common(1)[0]
+        if times > 1:
+            raise ValueError(f"prompt_id {number} is there {times} times")
     except (LookupError, TypeError, ValueError, OSError, RecursionError) as error:
         line = " ".join(str(error).split())
         if isinstance(error, InputError) and str(path) in line:
