@@ -110,6 +110,7 @@ def test_own_problems_of_other_words_are_other_problems(tmp_path) -> None:
     write_records(tmp_path / "a.jsonl", [record(0, 1), record(1, 1)])
     write_records(tmp_path / "b.jsonl", [record(0, 1, prompt="another"), record(1, 3)])
     data = report.load([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
+    assert list(data.results) == ["a", "b"]
     assert data.evaluations[report.HELD_OUT].problems == [0, 1, 0]
     assert data.results["b"]["pass_at_1"]["mean"] == 0.5
     assert data.samples[0].prompt == "problem number 1"  # the one that both were given

@@ -78,15 +78,14 @@ def load(paths: Sequence[str | Path], *, problems: int = PROBLEMS) -> ReportData
         evaluations[evaluation] = _evaluation(light, evaluation)
         samples += _groups(policies, _chosen(light, evaluation, problems), evaluation)
         if evaluation == HELD_OUT:
-            for policy in light.keys() - results.keys():
+            for policy in [name for name in light if name not in results]:
                 graded = samples_from_records(light[policy])
                 results[policy] = summarize(graded, k=min(_K, graded.num_samples))
     # A supervised warm-up among the runs logs none of these metrics; nothing at all is an error.
     require(any(curves.values()) or bool(sources), _no_curves(paths[0]))
-    order = [name for name in (*names, *results) if name in results]
     return ReportData(
         runs={name: Run(curves=found) for name, found in curves.items() if found},
-        results={name: results[name] for name in dict.fromkeys([*results, *order])},
+        results=results,
         evaluations=evaluations,
         samples=samples,
         **fields,
