@@ -3,6 +3,8 @@
 import os
 import shutil
 import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -258,3 +260,37 @@ def test_namespaces_are_not_refused_by_a_fault_of_ours():
     if unshare is None or subprocess.run([unshare, *flags, "/bin/true"], check=False).returncode:
         pytest.skip("unshare(1) gets no namespaces either")
     assert not runner._refusal()
+
+
+BOUNDS = """
+import resource
+kinds = ("CPU", "AS", "FSIZE", "NOFILE", "NPROC", "CORE")
+print(*(resource.getrlimit(getattr(resource, f"RLIMIT_{kind}")) for kind in kinds))
+"""
+
+
+def test_every_limit_is_one_of_the_kernel_and_cannot_be_raised():
+    if runner._refusal():
+        pytest.skip("limits on processes count others of this user where it has no namespace")
+    limits = Limits(seconds=50, memory_mb=300, disk_mb=7, processes=17, open_files=40)
+    wanted = (52, 300 << 20, 7 << 20, 40, 17, 0)
+    verdict = run(
+        Sandbox("required"), BOUNDS, " ".join(str((bound, bound)) for bound in wanted), limits
+    )
+    assert verdict.outcome == "correct", verdict
+
+
+def test_packages_below_tmp_are_shown_and_cannot_be_written(monkeypatch):
+    if runner._refusal():
+        pytest.skip("needs a root of its own")
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o755)
+        Path(folder, "module.py").write_text("x = 5\n")
+        os.chmod(Path(folder, "module.py"), 0o666)
+        paths = runner._paths()
+        more = {**paths, "shown": [*paths["shown"], folder], "packages": [folder]}
+        monkeypatch.setattr(runner, "_paths", lambda: more)
+        program = f"import module\nprint(module.x)\nopen('{folder}/module.py', 'a')"
+        verdict = run(Sandbox("required"), program, "5")
+    assert verdict.outcome == "error"
+    assert "Read-only file system" in verdict.detail

@@ -18,7 +18,7 @@ from flowrl_jax.rewards.numbers import read_number
 from flowrl_jax.rewards.verify import Verifier, VerifierConfig
 
 LIMIT = 2.0
-SLACK = 4.0  # seconds: other people use the machine
+SLACK = 60.0  # seconds: other people use the machine
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ def enter_root(settings: dict[str, Any]) -> None:
     kernel.mount("", "/", flags=kernel.MS_REC | kernel.MS_PRIVATE)
     base = settings["folder"]
     kernel.mount("tmpfs", base, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "size=1m,mode=0755")
-    # First: what is shown may itself lie below /tmp, as a virtual environment does there.
+    # First: a virtual environment may lie below /tmp.
     os.mkdir(f"{base}/tmp")
     kernel.mount(
         "tmpfs",
