@@ -263,9 +263,11 @@ def test_namespaces_are_not_refused_by_a_fault_of_ours():
 
 
 BOUNDS = """
-import resource
+import os, resource
 kinds = ("CPU", "AS", "FSIZE", "NOFILE", "NPROC", "CORE")
 print(*(resource.getrlimit(getattr(resource, f"RLIMIT_{kind}")) for kind in kinds))
+own = os.statvfs("/tmp")
+print(own.f_blocks * own.f_frsize, own.f_files)
 """
 
 
@@ -274,9 +276,8 @@ def test_every_limit_is_one_of_the_kernel_and_cannot_be_raised():
         pytest.skip("limits on processes count others of this user where it has no namespace")
     limits = Limits(seconds=50, memory_mb=300, disk_mb=7, processes=17, open_files=40)
     wanted = (52, 300 << 20, 7 << 20, 40, 17, 0)
-    verdict = run(
-        Sandbox("required"), BOUNDS, " ".join(str((bound, bound)) for bound in wanted), limits
-    )
+    expected = " ".join(str((bound, bound)) for bound in wanted) + f"\n{7 << 20} 4096"
+    verdict = run(Sandbox("required"), BOUNDS, expected, limits)
     assert verdict.outcome == "correct", verdict
 
 
