@@ -295,3 +295,39 @@ def test_packages_below_tmp_are_shown_and_cannot_be_written(monkeypatch):
         verdict = run(Sandbox("required"), program, "5")
     assert verdict.outcome == "error"
     assert "Read-only file system" in verdict.detail
+
+
+SCANS = """
+import ctypes, re
+ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # dumpable again: its own memory becomes a file it may read
+def f(x):
+    for line in open("/proc/self/maps"):
+        start, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if "r" not in line.split()[1] or "[v" in line:
+            continue
+        try:
+            with open("/proc/self/mem", "rb", 0) as memory:
+                memory.seek(start)
+                found = re.search(rb"needle-[a-z]{8}!", memory.read(end - start))
+        except OSError:
+            continue
+        if found:
+            return found[0].decode()
+    return "none"
+%s
+"""
+
+
+def test_no_expected_result_is_in_the_memory_of_a_program():
+    if runner._refusal():
+        pytest.skip("needs namespaces")
+    sandbox, needle = Sandbox("required"), "needle-" + "qwertyui" + "!"
+    known = f"known = 'needle-' + '{needle[7:15]}' + chr(33)\nkept = known.encode()"
+    assert run(sandbox, SCANS % "print(f(1))", "none").outcome == "correct"
+    assert run(sandbox, SCANS % f"{known}\nprint(f(1))", needle).outcome == "correct"  # it can
+    assert run(sandbox, SCANS % "print(f(1))", needle).outcome == "wrong"
+    job = {"program": SCANS % "", "function": "f", "setup": ""}
+    case = [codec.encode([2]), codec.encode([needle])]
+    asserted = f"assert f(2) == {needle!r}"
+    for kind, cases in (("call", [case]), ("assert", [asserted])):
+        assert sandbox.judge({**job, "kind": kind, "cases": cases}, LIMITS).outcome == "wrong"
