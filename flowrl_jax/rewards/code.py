@@ -190,7 +190,7 @@ def humaneval(row: Mapping[str, Any]) -> Tests:
         _without(row["prompt"], function),
         # All assertions are one test here; evaluations give a second to each, of which there are
         # many on a machine that is busy with other things too.
-        seconds=30.0,
+        seconds=60.0,
     )
 
 
