@@ -25,8 +25,7 @@ hardly reached there, collapses here as GRPO does; docs/objective.md has the fig
 import ml_collections
 
 from configs import base
-from flowrl_jax.config import loss_fields
-from flowrl_jax.objectives.presets import PRESETS
+from configs.common import preset_loss
 
 
 def get_config(objective: str = "flowrl") -> ml_collections.ConfigDict:
@@ -66,8 +65,7 @@ def get_config(objective: str = "flowrl") -> ml_collections.ConfigDict:
         max_prompt_length=12,
         max_response_length=20,
     )
-    name = "grpo" if objective == "grpo" else "flowrl"
-    config.loss = loss_fields(name, PRESETS[objective])
+    config.loss = preset_loss(objective)
     if objective == "flowrl":
         config.loss.beta = 0.7
     config.optimizer.update(

@@ -14,8 +14,7 @@ solves nothing; one that has seen demonstrations does (`:grpo` and the other pre
 import ml_collections
 
 from configs import base
-from flowrl_jax.config import loss_fields
-from flowrl_jax.objectives.presets import PRESETS
+from configs.common import preset_loss
 
 
 def get_config(objective: str = "flowrl") -> ml_collections.ConfigDict:
@@ -54,8 +53,7 @@ def get_config(objective: str = "flowrl") -> ml_collections.ConfigDict:
         max_prompt_length=8,
         max_response_length=10,
     )
-    name = "grpo" if objective == "grpo" else "flowrl"
-    config.loss = loss_fields(name, PRESETS[objective])
+    config.loss = preset_loss(objective)
     config.optimizer.update(
         learning_rate=1e-3, log_z_learning_rate=1e-2, warmup_steps=2, weight_decay=0.0
     )

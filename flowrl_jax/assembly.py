@@ -22,6 +22,7 @@ from flowrl_jax.models.hf_config import read_config
 from flowrl_jax.models.lora import with_adapters, without_adapters
 from flowrl_jax.models.transformer import Transformer, TransformerConfig
 from flowrl_jax.new_folder import in_first_process
+from flowrl_jax.objectives import for_length
 from flowrl_jax.objectives.sft import SFTConfig
 from flowrl_jax.optimizer import OptimizerConfig, make_optimizer
 from flowrl_jax.sampler import SamplerConfig, StopTable, rollout_key
@@ -213,7 +214,7 @@ def make_learner(
     log_z = getattr(objective, "log_z", None)
     learner = Learner(
         model=parts.model,
-        objective=objective,
+        objective=for_length(objective, parts.config.rollout.max_response_length),
         optimizer=make_optimizer(
             optimizer, steps, updates, train_log_z=log_z is not None and log_z.kind == "head"
         ),

@@ -186,16 +186,15 @@ def _step_programs(learner: Learner, num_prompts: int) -> tuple[Callable, Callab
 def _take(batch: TrainBatch, rows: jax.Array, length: int) -> TrainBatch:
     """Some rows of a batch with the first columns of their responses."""
     width = batch.prompt_mask.shape[1]
-    correction = batch.correction
-    if correction is not None and correction.ndim == 2:
-        correction = correction[:, :length]
+    tokens_of = lambda x: x[:, :length] if x is not None and x.ndim == 2 else x  # noqa: E731
     short = dataclasses.replace(
         batch,
         tokens=batch.tokens[:, : width + length],
         response_mask=batch.response_mask[:, :length],
         old_logprobs=batch.old_logprobs[:, :length],
         ref_logprobs=batch.ref_logprobs[:, :length],
-        correction=correction,
+        reward=tokens_of(batch.reward),
+        correction=tokens_of(batch.correction),
     )
     return jax.tree.map(lambda x: _rows(x, rows), short)
 

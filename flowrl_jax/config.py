@@ -225,6 +225,12 @@ class Config:
             f" rollout.max_response_length={limit}, which is always the last of them: leave out"
             " what is as large or larger",
         )
+        buffer = getattr(self.loss, "overlong_buffer", 0)
+        require(
+            buffer <= limit,
+            f"loss.overlong_buffer={buffer} must not exceed rollout.max_response_length={limit}:"
+            " the punishment sets in that many tokens before it",
+        )
         check_correction(self.loss, self.rollout.correction)
 
     @property

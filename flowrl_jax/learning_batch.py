@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from flowrl_jax.learner import Learner
 from flowrl_jax.masking import masked_mean, masked_sum
-from flowrl_jax.objectives.advantages import normalize_rewards
+from flowrl_jax.objectives import objective_of
 from flowrl_jax.objectives.correction import correction_weights, sampler_agreement
 from flowrl_jax.objectives.flowrl import FlowRLConfig, log_z_target
 from flowrl_jax.types import Rollout, TrainBatch
@@ -25,17 +25,25 @@ def make_learning_batch(learner: Learner) -> Callable:
     """
 
     def build(rollout: Rollout, old_logprobs, ref_logprobs, reward, prompt_id):
-        normalized = normalize_rewards(reward, learner.group_size, learner.objective.reward_norm)
+        advantage, learned = objective_of(learner.objective).advantages(
+            learner.objective,
+            reward,
+            group_size=learner.group_size,
+            old_logprobs=old_logprobs,
+            ref_logprobs=ref_logprobs,
+            mask=rollout.response_mask,
+            truncated=rollout.truncated,
+        )
         pair = (old_logprobs, rollout.sampler_logprobs, rollout.response_mask)
         correction, seen = correction_weights(*pair, learner.correction)
         seen |= sampler_agreement(*pair)
         batch = TrainBatch(
             tokens=rollout.tokens,
             prompt_mask=rollout.prompt_mask,
-            response_mask=rollout.response_mask,
+            response_mask=learned,
             old_logprobs=old_logprobs,
             ref_logprobs=ref_logprobs,
-            reward=normalized,
+            reward=advantage,
             prompt_id=prompt_id,
             row_id=jnp.arange(reward.shape[0], dtype=jnp.int32),
             correction=correction,
@@ -48,7 +56,7 @@ def make_learning_batch(learner: Learner) -> Callable:
 
 
 def _metrics(learner: Learner, rollout: Rollout, batch: TrainBatch, reward: jax.Array):
-    mask = batch.response_mask
+    mask = rollout.response_mask
     length = mask.sum(axis=1)
     groups = reward.reshape(-1, learner.group_size)
     varied = jnp.any(groups != groups[:, :1], axis=1)

@@ -50,7 +50,7 @@ def _log_z(learner: Learner, params, hidden, batch: TrainBatch, target, key) -> 
     """Log Z of each row, `[B]`, from wherever the objective's config says."""
     config = learner.log_z
     if config is None or config.kind == "zero":
-        return jnp.zeros(batch.reward.shape)
+        return jnp.zeros(batch.reward.shape[:1])
     if config.kind == "group":
         return group_mean(target, learner.group_size)
     if config.kind == "table":

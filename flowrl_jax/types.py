@@ -60,10 +60,11 @@ class TrainBatch:
     Attributes:
         tokens: `[B, P + T]` int32.
         prompt_mask: `[B, P]` bool.
-        response_mask: `[B, T]` bool.
+        response_mask: `[B, T]` bool, the response tokens to learn from.
         old_logprobs: `[B, T]` float32, of the policy that sampled.
         ref_logprobs: `[B, T]` float32, of the reference policy.
-        reward: `[B]` float32, as the objective wants it (normalised within its group or not).
+        reward: `[B]` float32, as the objective wants it (normalised within its group or not); of
+            objectives with an advantage per token, `[B, T]`.
         prompt_id: `[B]` int32, row of the log Z table; nothing else reads it.
         row_id: `[B]` int32, the row's place in the rollout; seeds per-row dropout, so that the
             result does not depend on how the batch is cut. The row's place in this batch if None.

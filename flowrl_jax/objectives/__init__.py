@@ -11,14 +11,29 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flowrl_jax.objectives.advantages import normalize_rewards
 from flowrl_jax.objectives.correction import PER_RESPONSE, PER_TOKEN, CorrectionConfig
 from flowrl_jax.objectives.flowrl import FlowRLConfig, Metrics, flowrl_loss
 from flowrl_jax.objectives.grpo import GRPOConfig, aggregate_tokens, grpo_loss
+from flowrl_jax.objectives.policy_gradient import (
+    PolicyGradientConfig,
+    aggregate_responses,
+    policy_gradient_advantages,
+    policy_gradient_loss,
+)
 from flowrl_jax.objectives.sft import SFTConfig, sft_loss
 
 # Numerator and denominator of the loss, `[B]` float32 each, and scalar metrics. They travel apart
 # and are divided once, over the global batch, so that no cut of the batch changes the result.
 LossTerms = tuple[jax.Array, jax.Array, Metrics]
+
+
+def _normalized(
+    config: Any, reward: jax.Array, *, group_size: int, mask: jax.Array, **arrays
+) -> tuple[jax.Array, jax.Array]:
+    """Rewards normalised as `config.reward_norm` says; every token is learned from."""
+    del arrays
+    return normalize_rewards(reward, group_size, config.reward_norm), mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +46,17 @@ class Objective:
             to `LossTerms`; shapes as in `flowrl_loss`.
         needs_reference: whether this config reads `ref_logprobs`.
         corrections: kinds of `CorrectionConfig`, "none" aside, whose weights the loss can take.
+        advantages: from a rollout's rewards to what `terms` takes for `reward`, and the mask of
+            the tokens to learn from; arguments as in `policy_gradient_advantages`.
+        token_advantages: whether this config's advantages are `[B, T]`, not `[B]`.
     """
 
     config_class: type
     terms: Callable[..., LossTerms]
     needs_reference: Callable[[Any], bool]
     corrections: tuple[str, ...] = ()
+    advantages: Callable[..., tuple[jax.Array, jax.Array]] = _normalized
+    token_advantages: Callable[[Any], bool] = lambda config: False
 
 
 def _flowrl_terms(config: FlowRLConfig, **arrays) -> LossTerms:
@@ -50,6 +70,12 @@ def _grpo_terms(config: GRPOConfig, *, log_z, mask, **arrays) -> LossTerms:
     return *aggregate_tokens(loss, mask, config.aggregation), metrics
 
 
+def _policy_gradient_terms(config: PolicyGradientConfig, *, log_z, mask, **arrays) -> LossTerms:
+    del log_z
+    loss, metrics = policy_gradient_loss(config=config, mask=mask, **arrays)
+    return *aggregate_responses(loss, mask, config), metrics
+
+
 def _sft_terms(config: SFTConfig, *, logprobs, mask, **arrays) -> LossTerms:
     del config, arrays
     loss, metrics = sft_loss(logprobs=logprobs, mask=mask)
@@ -60,6 +86,14 @@ OBJECTIVES: dict[str, Objective] = {
     "flowrl": Objective(FlowRLConfig, _flowrl_terms, lambda config: True, PER_RESPONSE),
     "grpo": Objective(
         GRPOConfig, _grpo_terms, lambda config: config.kl_coef > 0.0, PER_TOKEN + PER_RESPONSE
+    ),
+    "policy_gradient": Objective(
+        PolicyGradientConfig,
+        _policy_gradient_terms,
+        lambda config: config.needs_reference,
+        PER_TOKEN + PER_RESPONSE,
+        policy_gradient_advantages,
+        lambda config: config.token_advantages,
     ),
     "sft": Objective(SFTConfig, _sft_terms, lambda config: False),
 }
@@ -75,6 +109,18 @@ def objective_of(config: Any) -> Objective:
         if type(config) is objective.config_class:
             return objective
     raise TypeError(f"{type(config).__name__} is the config of no objective in OBJECTIVES")
+
+
+def for_length(config: Any, max_response_length: int) -> Any:
+    """A config whose loss knows how long responses may be, whatever a batch is cut to.
+
+    Args:
+        config: of the objective.
+        max_response_length: tokens that a response may have.
+    """
+    if isinstance(config, PolicyGradientConfig) and not config.length:
+        return dataclasses.replace(config, length=max_response_length)
+    return config
 
 
 def check_correction(config: Any, correction: CorrectionConfig) -> None:

@@ -7,12 +7,11 @@ import jax.numpy as jnp
 
 from flowrl_jax.masking import masked_mean, masked_sum
 from flowrl_jax.objectives.flowrl import Metrics
+from flowrl_jax.objectives.kl import kl_estimate
 from flowrl_jax.objectives.shapes import check_shapes
 
 # Bounds of a token's log-ratio before it is exponentiated (verl, core_algos.py).
 MAX_LOG_RATIO = 20.0
-# How far a token may lie below the reference before its penalty stops growing (ibidem).
-MAX_KL_LOG_RATIO = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +99,8 @@ def grpo_loss(
         correction = jax.lax.stop_gradient(correction)
         loss *= correction if correction.ndim == 2 else correction[:, None]
     if config.kl_coef:
-        # Bounded as a whole: with only the exponential bounded, the rest would push a token that
-        # has fallen far below the reference further down.
-        delta = jnp.maximum(jnp.where(mask, logprobs - ref_logprobs, 0.0), -MAX_KL_LOG_RATIO)
-        loss += config.kl_coef * (jnp.exp(-delta) + delta - 1.0)
+        delta = jnp.where(mask, logprobs - ref_logprobs, 0.0)
+        loss += config.kl_coef * kl_estimate(delta, "k3")
     bound = (-advantage * clipped > -advantage * ratio) & mask
     metrics = {
         "ratio": jnp.mean(masked_mean(ratio, mask, axis=1)),

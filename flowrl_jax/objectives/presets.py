@@ -6,8 +6,9 @@
 from flowrl_jax.objectives.flowrl import FlowRLConfig
 from flowrl_jax.objectives.grpo import GRPOConfig
 from flowrl_jax.objectives.log_z import LogZConfig
+from flowrl_jax.objectives.policy_gradient import PolicyGradientConfig
 
-PRESETS: dict[str, FlowRLConfig | GRPOConfig] = {
+PRESETS: dict[str, FlowRLConfig | GRPOConfig | PolicyGradientConfig] = {
     # arXiv 2509.15207: two-sided clip, log Z from the mean over all prompt tokens.
     "flowrl_paper": FlowRLConfig(
         weight="two_sided", clip_low=0.2, clip_high=0.2, log_z=LogZConfig(pooling="all")
@@ -27,4 +28,39 @@ PRESETS: dict[str, FlowRLConfig | GRPOConfig] = {
         log_z=LogZConfig(pooling="all", detach=True, zero_init=True, dropout=0.0),
     ),
     "grpo": GRPOConfig(),
+    # arXiv 2503.20783: no deviation, no mean over a response's own length.
+    "dr_grpo": PolicyGradientConfig(reward_norm="center", aggregation="constant"),
+    # arXiv 2503.14476, with the dual clip of its verl recipe.
+    "dapo": PolicyGradientConfig(clip_high=0.28, dual_clip=10.0, aggregation="token"),
+    # arXiv 2505.24864: the loss; its coefficient of the penalty is not published.
+    "prorl": PolicyGradientConfig(clip_high=0.4, aggregation="token", kl_coef=1e-3),
+    # arXiv 2402.14740, with the clipped ratio of whole responses of TRL's trainer.
+    "rloo": PolicyGradientConfig(
+        reward_norm="leave_one_out",
+        ratio="sequence",
+        kl_coef=0.05,
+        kl_estimator="k1",
+        kl_in="reward",
+    ),
+    # arXiv 2501.03262.
+    "reinforce_pp": PolicyGradientConfig(
+        reward_norm="batch",
+        aggregation="token",
+        kl_coef=1e-3,
+        kl_estimator="k1",
+        kl_in="reward",
+    ),
+    "reinforce_pp_baseline": PolicyGradientConfig(
+        reward_norm="center_batch", aggregation="token", kl_coef=1e-3, kl_estimator="k2"
+    ),
+    # arXiv 2507.18071.
+    "gspo": PolicyGradientConfig(ratio="geometric", clip_low=3e-4, clip_high=4e-4),
+    "gspo_token": PolicyGradientConfig(ratio="geometric_token", clip_low=3e-4, clip_high=4e-4),
+    # arXiv 2507.20673.
+    "gmpo": PolicyGradientConfig(ratio="geometric", clip="log", clip_low=0.4, clip_high=0.4),
+    # arXiv 2506.13585; TRL's `epsilon_high=5` is the cap itself, verl clips on both sides.
+    "cispo_trl": PolicyGradientConfig(
+        clip="cispo", clip_low=1.0, clip_high=4.0, aggregation="token"
+    ),
+    "cispo_verl": PolicyGradientConfig(clip="cispo", aggregation="token"),
 }

@@ -18,7 +18,7 @@ from flowrl_jax.learner import Learner, TrainStepConfig, check_batch
 from flowrl_jax.models.architecture import TransformerConfig
 from flowrl_jax.models.decode import decode_params, decode_shardings
 from flowrl_jax.models.transformer import Transformer
-from flowrl_jax.objectives import objective_of
+from flowrl_jax.objectives import for_length, objective_of
 from flowrl_jax.objectives.correction import PER_TOKEN
 from flowrl_jax.optimizer import OptimizerConfig, make_optimizer
 from flowrl_jax.planning.shapes import planned_shape
@@ -91,7 +91,7 @@ def planned_learner(config: Config, devices: Sequence[Any]) -> Learner:
     train_log_z = log_z is not None and log_z.kind == "head"
     learner = Learner(
         model=Transformer(model),
-        objective=config.loss,
+        objective=for_length(config.loss, config.rollout.max_response_length),
         optimizer=_optimizer(config.optimizer, config.steps, config.updates, train_log_z),
         group_size=config.rollout.group_size,
         temperature=config.rollout.temperature,
@@ -263,17 +263,18 @@ def _train_step(learner: Learner, arrays: _Arrays, rows: int) -> Built:
     prompt_mask, response_mask = arrays.masks(rows)
     logprobs = arrays.rows(rows, arrays.length, dtype=jnp.float32)
     ids = arrays.rows(rows, dtype=jnp.int32)
-    reward = arrays.rows(rows, dtype=jnp.float32)
+    each = arrays.rows(rows, dtype=jnp.float32)
+    by_token = objective_of(learner.objective).token_advantages(learner.objective)
     correction = None
     if learner.correction.kind != "none":
-        correction = logprobs if learner.correction.kind in PER_TOKEN else reward
+        correction = logprobs if learner.correction.kind in PER_TOKEN else each
     batch = TrainBatch(
         tokens=arrays.tokens(rows),
         prompt_mask=prompt_mask,
         response_mask=response_mask,
         old_logprobs=logprobs,
         ref_logprobs=logprobs,
-        reward=reward,
+        reward=logprobs if by_token else each,
         prompt_id=ids,
         row_id=ids,
         correction=correction,
