@@ -14,6 +14,7 @@ def test_a_buffer_longer_than_responses_is_refused():
         tiny_run("dapo", loss__overlong_buffer=11)
 
 
+@pytest.mark.slow
 def test_length_buckets_change_nothing(tmp_path):
     """Two steps with every part that reaches past the loss: advantages of tokens, both masks."""
     runs = []
