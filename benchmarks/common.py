@@ -148,10 +148,18 @@ def serve(engine: Callable[[str, Work, Iterator[int]], dict[str, str]]) -> None:
             answer(seconds=wall, cpu_seconds=cpu, busy_cores_of_others=others)
 
     about = engine(kind, work, repetitions())
-    # Linux counts KiB, macOS bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    answer(peak_rss_bytes=peak, about={"python": platform.python_version(), **about})
+    answer(peak_rss_bytes=_peak_rss(), about={"python": platform.python_version(), **about})
+
+
+def _peak_rss() -> int:
+    """Bytes of memory that this program has held at most."""
+    try:
+        # Since it began: Linux's ru_maxrss also counts the process that started it.
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _machine_cpu_seconds() -> float:
