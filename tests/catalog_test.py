@@ -109,8 +109,8 @@ def test_game24_is_a_countdown_problem(shared_data, tmp_path):
     assert (row["numbers"], row["target"]) == ([4, 5, 6, 10], 24)
     task = tasks.build(tasks.TaskConfig("countdown", {"prompt_style": "text"}))
     assert "4, 5, 6, 10" in task.prompt(row) and "24" in task.prompt(row)
-    assert task.canonical("(10-6)*5+4", row) is not None
-    assert task.canonical("(10-6)*5-4", row) is None
+    assert task.judge("(10-6)*5+4", row).form is not None
+    assert task.judge("(10-6)*5-4", row).form is None
 
 
 def run(program):
