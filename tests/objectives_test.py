@@ -377,7 +377,9 @@ def test_presets_are_what_their_sources_do():
 def test_every_preset_has_an_objective_and_runs():
     arrays = device(example())
     for config in PRESETS.values():
-        total, weight, metrics = objective_of(config).terms(config, **arrays)
+        names = ("values", "old_values", "returns") if hasattr(config, "value") else ()
+        values = dict.fromkeys(names, arrays["old_logprobs"])
+        total, weight, metrics = objective_of(config).terms(config, **arrays, **values)
         assert total.shape == weight.shape == (6,)
         assert np.isfinite(total).all() and (weight > 0).all()
         assert all(value.shape == () for value in metrics.values())

@@ -21,7 +21,9 @@ from flowrl_jax.objectives.policy_gradient import (
     policy_gradient_advantages,
     policy_gradient_loss,
 )
+from flowrl_jax.objectives.ppo import PPOConfig, ppo_advantages, ppo_loss, ppo_returns
 from flowrl_jax.objectives.sft import SFTConfig, sft_loss
+from flowrl_jax.objectives.subtb import SubTBConfig, subtb_loss
 
 # Numerator and denominator of the loss, `[B]` float32 each, and scalar metrics. They travel apart
 # and are divided once, over the global batch, so that no cut of the batch changes the result.
@@ -49,6 +51,11 @@ class Objective:
         advantages: from a rollout's rewards to what `terms` takes for `reward`, and the mask of
             the tokens to learn from; arguments as in `policy_gradient_advantages`.
         token_advantages: whether this config's advantages are `[B, T]`, not `[B]`.
+        needs_values: whether this config has a value head, settings of which are its field
+            `value`. `terms` is then given `values`, `old_values` and `returns` as well, `[B, T]`
+            each, and `advantages` the `values` as they were when the responses were sampled.
+        returns: what the values are to become, arguments as in `ppo_returns`; None: the objective
+            reads no values of the time of sampling, and is given None for them and for `returns`.
     """
 
     config_class: type
@@ -57,6 +64,8 @@ class Objective:
     corrections: tuple[str, ...] = ()
     advantages: Callable[..., tuple[jax.Array, jax.Array]] = _normalized
     token_advantages: Callable[[Any], bool] = lambda config: False
+    needs_values: Callable[[Any], bool] = lambda config: False
+    returns: Callable[..., jax.Array] | None = None
 
 
 def _flowrl_terms(config: FlowRLConfig, **arrays) -> LossTerms:
@@ -74,6 +83,18 @@ def _policy_gradient_terms(config: PolicyGradientConfig, *, log_z, mask, **array
     del log_z
     loss, metrics = policy_gradient_loss(config=config, mask=mask, **arrays)
     return *aggregate_responses(loss, mask, config), metrics
+
+
+def _ppo_terms(config: PPOConfig, *, log_z, mask, **arrays) -> LossTerms:
+    del log_z
+    loss, metrics = ppo_loss(config=config, mask=mask, **arrays)
+    return *aggregate_tokens(loss, mask, "token"), metrics
+
+
+def _subtb_terms(config: SubTBConfig, *, log_z, old_values, returns, **arrays) -> LossTerms:
+    del log_z, old_values, returns
+    loss, metrics = subtb_loss(config=config, **arrays)
+    return loss, jnp.ones_like(loss), metrics
 
 
 def _sft_terms(config: SFTConfig, *, logprobs, mask, **arrays) -> LossTerms:
@@ -94,6 +115,23 @@ OBJECTIVES: dict[str, Objective] = {
         PER_TOKEN + PER_RESPONSE,
         policy_gradient_advantages,
         lambda config: config.token_advantages,
+    ),
+    "ppo": Objective(
+        PPOConfig,
+        _ppo_terms,
+        lambda config: config.kl_coef > 0.0,
+        PER_TOKEN + PER_RESPONSE,
+        ppo_advantages,
+        token_advantages=lambda config: True,
+        needs_values=lambda config: True,
+        returns=ppo_returns,
+    ),
+    "subtb": Objective(
+        SubTBConfig,
+        _subtb_terms,
+        lambda config: True,
+        PER_RESPONSE,
+        needs_values=lambda config: True,
     ),
     "sft": Objective(SFTConfig, _sft_terms, lambda config: False),
 }

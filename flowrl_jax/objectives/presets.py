@@ -7,8 +7,10 @@ from flowrl_jax.objectives.flowrl import FlowRLConfig
 from flowrl_jax.objectives.grpo import GRPOConfig
 from flowrl_jax.objectives.log_z import LogZConfig
 from flowrl_jax.objectives.policy_gradient import PolicyGradientConfig
+from flowrl_jax.objectives.ppo import PPOConfig
+from flowrl_jax.objectives.subtb import SubTBConfig
 
-PRESETS: dict[str, FlowRLConfig | GRPOConfig | PolicyGradientConfig] = {
+PRESETS: dict[str, FlowRLConfig | GRPOConfig | PolicyGradientConfig | PPOConfig | SubTBConfig] = {
     # arXiv 2509.15207: two-sided clip, log Z from the mean over all prompt tokens.
     "flowrl_paper": FlowRLConfig(
         weight="two_sided", clip_low=0.2, clip_high=0.2, log_z=LogZConfig(pooling="all")
@@ -63,4 +65,10 @@ PRESETS: dict[str, FlowRLConfig | GRPOConfig | PolicyGradientConfig] = {
         clip="cispo", clip_low=1.0, clip_high=4.0, aggregation="token"
     ),
     "cispo_verl": PolicyGradientConfig(clip="cispo", aggregation="token"),
+    # arXiv 1707.06347 with verl's defaults, and with those of TRL's trainer.
+    "ppo": PPOConfig(),
+    "ppo_trl": PPOConfig(lam=0.95, value_clip=0.2, value_coef=0.1, kl_coef=0.05),
+    # arXiv 2209.12782 and, with windows of one token alone, arXiv 2111.09266.
+    "subtb": SubTBConfig(),
+    "detailed_balance": SubTBConfig(kind="detailed_balance"),
 }
