@@ -71,8 +71,8 @@ class Learner:
 
     @property
     def unit(self) -> int:
-        """Responses that a micro-batch may not part: a group where log Z is the group's mean."""
-        return self.group_size if self.log_z is not None and self.log_z.kind == "group" else 1
+        """Responses that a micro-batch may not part: a group where log Z is found from it."""
+        return self.group_size if getattr(self.objective, "whole_groups", False) else 1
 
     def micro_batch(self, rows: int) -> int:
         """Responses, out of `rows`, whose activations are held at one time, over all devices."""
@@ -104,6 +104,6 @@ def check_batch(learner: Learner, rows: int) -> None:
         )
     if size % learner.unit:
         raise ValueError(
-            f"train.micro_batch_size={size} cuts groups of {learner.group_size}, but"
-            " loss.log_z.kind='group' needs them whole: choose a multiple of the group size"
+            f"train.micro_batch_size={size} cuts groups of {learner.group_size}, but the loss finds"
+            " log Z from whole ones: choose a multiple of the group size"
         )

@@ -9,7 +9,7 @@ from flowrl_jax.learner import Learner
 from flowrl_jax.masking import masked_mean, masked_sum
 from flowrl_jax.objectives import objective_of
 from flowrl_jax.objectives.correction import correction_weights, sampler_agreement
-from flowrl_jax.objectives.flowrl import FlowRLConfig, log_z_target
+from flowrl_jax.objectives.flowrl import FlowRLConfig, log_z_target, prior_logprobs
 from flowrl_jax.types import Rollout, TrainBatch
 
 
@@ -74,9 +74,8 @@ def _metrics(learner: Learner, rollout: Rollout, batch: TrainBatch, reward: jax.
         ),
     }
     if isinstance(learner.objective, FlowRLConfig):
-        target = log_z_target(
-            batch.old_logprobs, batch.ref_logprobs, batch.reward, mask, learner.objective
-        )
+        prior = prior_logprobs(batch.ref_logprobs, batch.old_logprobs, learner.objective)
+        target = log_z_target(batch.old_logprobs, prior, batch.reward, mask, learner.objective)
         means = target.reshape(groups.shape).mean(axis=1)
         error = 1.96 * jnp.std(means) / jnp.sqrt(means.size)
         metrics["log_z/monte_carlo_mean"] = jnp.mean(means)

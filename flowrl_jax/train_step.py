@@ -17,8 +17,8 @@ from flowrl_jax.models.log_z import LogZHead, init_log_z, pool_prompt
 from flowrl_jax.models.lora import init_lora, with_adapters
 from flowrl_jax.models.transformer import init_params
 from flowrl_jax.objectives import objective_of
-from flowrl_jax.objectives.flowrl import FlowRLConfig, log_z_target
-from flowrl_jax.objectives.log_z import group_mean, update_table
+from flowrl_jax.objectives.flowrl import FlowRLConfig, log_z_estimate, log_z_target, prior_logprobs
+from flowrl_jax.objectives.log_z import GROUP_KINDS, update_table
 from flowrl_jax.types import TrainBatch, TrainState
 
 Metrics = dict[str, jax.Array]
@@ -46,13 +46,13 @@ def response_logprobs(
     return jnp.where(response_mask, logprobs, 0.0), hidden[:, :prompt_length]
 
 
-def _log_z(learner: Learner, params, hidden, batch: TrainBatch, target, key) -> jax.Array:
+def _log_z(learner: Learner, params, hidden, batch: TrainBatch, estimate, key) -> jax.Array:
     """Log Z of each row, `[B]`, from wherever the objective's config says."""
     config = learner.log_z
     if config is None or config.kind == "zero":
         return jnp.zeros(batch.reward.shape[:1])
-    if config.kind == "group":
-        return group_mean(target, learner.group_size)
+    if config.kind in GROUP_KINDS:
+        return estimate
     if config.kind == "table":
         return jax.lax.stop_gradient(params["value"][batch.prompt_id])
     rows: Any = batch.row_id
@@ -75,10 +75,15 @@ def _loss_sums(params, batch: TrainBatch, key, learner: Learner, base: Any, grad
         "reward": batch.reward,
         "mask": mask,
     }
-    target = None
+    target = estimate = None
     if isinstance(learner.objective, FlowRLConfig):
-        target = log_z_target(config=learner.objective, **arrays)
-    log_z = _log_z(learner, params["log_z"], hidden, batch, target, key)
+        objective, old = learner.objective, batch.old_logprobs
+        arrays["ref_logprobs"] = prior_logprobs(batch.ref_logprobs, old, objective)
+        target = log_z_target(config=objective, **arrays)
+        estimate = log_z_estimate(
+            old_logprobs=old, config=objective, group_size=learner.group_size, **arrays
+        )
+    log_z = _log_z(learner, params["log_z"], hidden, batch, estimate, key)
     loss, weight, metrics = objective_of(learner.objective).terms(
         learner.objective,
         log_z=log_z,
@@ -92,7 +97,7 @@ def _loss_sums(params, batch: TrainBatch, key, learner: Learner, base: Any, grad
         metrics["log_z"] = jnp.mean(log_z)
         metrics["log_z_target"] = jnp.mean(target)
     metrics = jax.lax.stop_gradient(metrics)
-    return jnp.sum(loss), (jnp.sum(weight), (metrics, batch.prompt_id, target))
+    return jnp.sum(loss), (jnp.sum(weight), (metrics, batch.prompt_id, estimate))
 
 
 def _split_rows(batch: TrainBatch, learner: Learner) -> TrainBatch:
@@ -137,7 +142,7 @@ def add_rows(
         sums: over other rows of the step; None: there are none.
 
     Returns:
-        The new sums, and what was seen of the rows: metrics, prompt ids and targets of log Z.
+        The new sums, and what was seen of the rows: metrics, prompt ids and estimates of log Z.
     """
     layers = sums[2]["policy"]["layers"] if sums and _adds_in_place(learner) else None
     (loss, (weight, seen)), grads = jax.value_and_grad(_loss_sums, has_aux=True)(
@@ -166,17 +171,17 @@ def finish_step(
         The new state, and scalar metrics.
     """
     loss, weight, grads = sums
-    metrics, prompt_id, target = seen
+    metrics, prompt_id, estimate = seen
     weight = jnp.maximum(weight, 1.0)
     grads = jax.tree.map(lambda grad: grad / weight, grads)
     metrics = {k: x.max() if k.endswith("_max") else x.mean() for k, x in metrics.items()}
     metrics["loss"] = loss / weight
     updates, opt_state = learner.optimizer.update(grads, state.opt_state, state.params)
     params: Any = optax.apply_updates(state.params, updates)
-    if target is not None and learner.log_z is not None and learner.log_z.kind == "table":
+    if estimate is not None and learner.log_z is not None and learner.log_z.kind == "table":
         rate = learner.log_z.table_rate
         table = state.params["log_z"]
-        params["log_z"] = update_table(table, prompt_id.reshape(-1), target.reshape(-1), rate)
+        params["log_z"] = update_table(table, prompt_id.reshape(-1), estimate.reshape(-1), rate)
 
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)

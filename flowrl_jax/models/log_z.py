@@ -91,7 +91,7 @@ def init_log_z(config: LogZConfig | None, embed_dim: int, num_prompts: int, key:
         num_prompts: size of the table, for `kind="table"`.
         key: consumed.
     """
-    if config is None or config.kind in ("group", "zero"):
+    if config is None or config.kind not in ("head", "table"):
         return {}
     if config.kind == "table":
         return {"value": jnp.zeros(num_prompts), "visits": jnp.zeros(num_prompts)}

@@ -104,7 +104,9 @@ def _sft_terms(config: SFTConfig, *, logprobs, mask, **arrays) -> LossTerms:
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "flowrl": Objective(FlowRLConfig, _flowrl_terms, lambda config: True, PER_RESPONSE),
+    "flowrl": Objective(
+        FlowRLConfig, _flowrl_terms, lambda config: config.needs_reference, PER_RESPONSE
+    ),
     "grpo": Objective(
         GRPOConfig, _grpo_terms, lambda config: config.kl_coef > 0.0, PER_TOKEN + PER_RESPONSE
     ),

@@ -5,6 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+# Kinds that are one number for a group, of all its samples.
+GROUP_KINDS = ("group", "group_old")
+
 
 @dataclasses.dataclass(frozen=True)
 class LogZConfig:
@@ -13,7 +16,8 @@ class LogZConfig:
     Attributes:
         kind: "head" (a small network on the prompt's hidden states, trained by the loss),
             "table" (a running mean per prompt of its Monte-Carlo estimate), "group" (the
-            Monte-Carlo estimate of the group at hand) or "zero".
+            Monte-Carlo estimate of the group at hand), "group_old" (the same of the policy that
+            sampled, its log-ratio never divided by the length; GFlowRL) or "zero".
         pooling: which prompt tokens the head's input averages: "all" (paper, appendix E) or
             "drop_last" (released code: all but the last prompt token).
         detach: whether the head's gradient stops before the policy. The released code lets it
@@ -36,7 +40,7 @@ class LogZConfig:
 
     def __post_init__(self):
         for field, known in (
-            ("kind", ("head", "table", "group", "zero")),
+            ("kind", ("head", "table", *GROUP_KINDS, "zero")),
             ("pooling", ("all", "drop_last")),
         ):
             if getattr(self, field) not in known:

@@ -3,12 +3,27 @@
 `docs/objective.md` says where the FlowRL paper and its releases differ and what each means.
 """
 
+import dataclasses
+
 from flowrl_jax.objectives.flowrl import FlowRLConfig
 from flowrl_jax.objectives.grpo import GRPOConfig
 from flowrl_jax.objectives.log_z import LogZConfig
 from flowrl_jax.objectives.policy_gradient import PolicyGradientConfig
 from flowrl_jax.objectives.ppo import PPOConfig
 from flowrl_jax.objectives.subtb import SubTBConfig
+
+# A log Z that starts at 0, has no dropout and leaves the policy's features alone.
+_QUIET_HEAD = LogZConfig(pooling="all", detach=True, zero_init=True, dropout=0.0)
+# Trajectory balance of whole responses and raw rewards, where beta is the inverse temperature
+# itself. 6 is ours: a right answer gains e^6, which takes a reference that is right once in a
+# hundred to four in five, and one in ten to 98 %.
+_BALANCE = FlowRLConfig(
+    beta=6.0,
+    weight="unit",
+    length_normalize=False,
+    reward_norm="none",
+    log_z=LogZConfig(kind="group"),
+)
 
 PRESETS: dict[str, FlowRLConfig | GRPOConfig | PolicyGradientConfig | PPOConfig | SubTBConfig] = {
     # arXiv 2509.15207: two-sided clip, log Z from the mean over all prompt tokens.
@@ -21,13 +36,36 @@ PRESETS: dict[str, FlowRLConfig | GRPOConfig | PolicyGradientConfig | PPOConfig 
     "flowrl_recipe": FlowRLConfig(
         weight="max", weight_max=10.0, log_z=LogZConfig(pooling="drop_last")
     ),
-    # What we recommend: a beta that leaves room for more than one answer, and a log Z that starts
-    # at 0, has no dropout and leaves the policy's features alone.
+    # What we recommend: a beta that leaves room for more than one answer, and a quiet log Z.
     "flowrl": FlowRLConfig(
         beta=1.0,
         weight="max",
         weight_max=10.0,
-        log_z=LogZConfig(pooling="all", detach=True, zero_init=True, dropout=0.0),
+        log_z=_QUIET_HEAD,
+    ),
+    # The two variants of verl_FlowRL: log Z is 0, and the reference may be the old policy.
+    "flowrl_no_z": FlowRLConfig(weight="max", log_z=LogZConfig(kind="zero")),
+    "flowrl_old_ref": FlowRLConfig(weight="max", reference="old", log_z=LogZConfig(kind="zero")),
+    # arXiv 2201.13259, by what stands for log Z: a head, a number per prompt (the newest visit's,
+    # or a running mean of them), or the group's own (TB-VarGrad; TBA, arXiv 2503.18929).
+    "tb": dataclasses.replace(_BALANCE, log_z=_QUIET_HEAD),
+    "tb_table": dataclasses.replace(_BALANCE, log_z=LogZConfig(kind="table", table_rate=1.0)),
+    "tb_ema": dataclasses.replace(_BALANCE, log_z=LogZConfig(kind="table", table_rate=0.3)),
+    "tb_vargrad": _BALANCE,
+    # arXiv 2605.15417.
+    "ftb_forward_kl": dataclasses.replace(_BALANCE, divergence="forward_kl"),
+    "ftb_jensen_shannon": dataclasses.replace(_BALANCE, divergence="jensen_shannon"),
+    # arXiv 2504.19599; its beta of 0.1 is the inverse of ours.
+    "gvpo": dataclasses.replace(_BALANCE, beta=10.0, reward_norm="center", reference="old"),
+    # arXiv 2607.13394, from third-party notes, which do not give the bound of the weight.
+    "gflowrl": FlowRLConfig(
+        beta=8.0,
+        weight="max",
+        weight_max=1.2,
+        reward_norm="none",
+        gap_low=0.2,
+        gap_high=0.28,
+        log_z=LogZConfig(kind="group_old"),
     ),
     "grpo": GRPOConfig(),
     # arXiv 2503.20783: no deviation, no mean over a response's own length.
