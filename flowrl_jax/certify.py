@@ -1,8 +1,8 @@
 """python -m flowrl_jax.certify: trains a policy with an objective where the answer is known.
 
-In a language whose responses can all be listed, policy, reference, reward, log Z and target are exact.
-A policy with a number of its own for each token of each prefix is trained with samples, by the
-objective's own code, and is then compared with what theory says that it converges to.
+In a language whose responses can all be listed, policy, reference, reward, log Z and target are
+exact. A policy with a number of its own for each token of each prefix is trained with samples, by
+the objective's own code, and is then compared with what theory says that it converges to.
 """
 
 import argparse
@@ -100,7 +100,7 @@ def certify(config: CertifyConfig) -> dict[str, Any]:
 
     Returns:
         The settings; `target`, its name; and, of the worst prompt each, `total_variation` and `kl`
-        (policy to target, nats), `log_z_gap` (log Z minus the mean of the policy's estimates of
+        (policy to target, nats; None: infinite), `log_z_gap` (log Z minus the mean of the policy's estimates of
         it, which for "gibbs" is that KL), `log_z_error` (of the log Z that was learned; None where
         none was), `modes` and `modes_kept`, `effective` and `effective_target` (the exponential of
         the entropy), and `accuracy`, the probability of a reward above 0.
@@ -172,7 +172,8 @@ def target_of(objective: Any, problem: Problem, prior: np.ndarray, group_size: i
 def _balance(objective: Any) -> FlowRLConfig | None:
     """The trajectory balance with an objective's fixed point; None if it has none that is known."""
     if isinstance(objective, FlowRLConfig):
-        return objective
+        own = objective.reference == "reference" and not objective.gap_low
+        return objective if own else None
     if isinstance(objective, SubTBConfig):
         return objective.balance
     if (
@@ -226,8 +227,8 @@ def _compare(objective, problem, prior, found, target: Target, learned) -> dict[
     solved = np.where(problem.correct, probability, 0.0).sum(axis=1)
     return {
         "total_variation": float(total_variation(probability, wanted).max()),
-        "kl": float(kl.max()),
-        "log_z_gap": float(gap[np.argmax(kl)]),
+        "kl": _finite(kl.max()),
+        "log_z_gap": _finite(gap[np.argmax(kl)]),
         "log_z_error": float(np.abs(learned - log_z).max()) if head else None,
         "modes": int(modes[worst].sum()),
         "modes_kept": int(kept[worst].sum()),
@@ -235,6 +236,10 @@ def _compare(objective, problem, prior, found, target: Target, learned) -> dict[
         "effective_target": float(perplexity(wanted)[worst]),
         "accuracy": float(solved.min()),
     }
+
+
+def _finite(x: np.floating) -> float | None:
+    return float(x) if np.isfinite(x) else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -28,10 +28,12 @@ class FixedPoint(NamedTuple):
     Attributes:
         logprobs: `[N]`, of its responses.
         log_z: that goes with it.
+        scaled: `[N]`, beta times the reward as the loss sees it.
     """
 
     logprobs: np.ndarray
     log_z: float
+    scaled: np.ndarray
 
 
 def fixed_point(
@@ -78,7 +80,7 @@ def fixed_point(
 def _gibbs(reference: np.ndarray, scaled: np.ndarray, sizes: np.ndarray) -> FixedPoint:
     del sizes
     log_z = _log_sum(reference + scaled)
-    return FixedPoint(reference + scaled - log_z, log_z)
+    return FixedPoint(reference + scaled - log_z, log_z, scaled)
 
 
 def _tilted(reference: np.ndarray, scaled: np.ndarray, sizes: np.ndarray) -> FixedPoint:
@@ -88,7 +90,7 @@ def _tilted(reference: np.ndarray, scaled: np.ndarray, sizes: np.ndarray) -> Fix
         too_much = _log_sum(reference + sizes * (scaled - zeta)) > 0.0
         low, high = (zeta, high) if too_much else (low, zeta)
     logprobs = reference + sizes * (scaled - zeta)
-    return FixedPoint(logprobs - _log_sum(logprobs), zeta)
+    return FixedPoint(logprobs - _log_sum(logprobs), zeta, scaled)
 
 
 def expected_normalized(levels: np.ndarray, chance: np.ndarray, group_size: int) -> np.ndarray:

@@ -17,8 +17,8 @@ from flowrl_jax.exact.language import END
 from flowrl_jax.exact.measures import Measures, measure
 from flowrl_jax.exact.problem import Policy, Problem, response_logprobs
 from flowrl_jax.objectives import objective_of
-from flowrl_jax.objectives.flowrl import FlowRLConfig, log_z_target
-from flowrl_jax.objectives.log_z import group_mean, update_table
+from flowrl_jax.objectives.flowrl import FlowRLConfig, log_z_estimate, prior_logprobs
+from flowrl_jax.objectives.log_z import GROUP_KINDS, update_table
 
 CLIP_NORM = 1.0
 # What is learned beside the policy may hurry: a number per prompt has to travel as far as beta r,
@@ -268,16 +268,25 @@ class Run:
 
         def update(state, part):
             params, optimizer = state
-            grads, target = jax.grad(self._loss, has_aux=True)(params, problem, *part)
+            grads, estimate = jax.grad(self._loss, has_aux=True)(params, problem, *part)
             updates, optimizer = _OPTIMIZER.update(grads, optimizer, params)
             new = optax.apply_updates(params, jax.tree.map(lambda x: -rate * x, updates))
             log_z = getattr(objective, "log_z", None)
             if log_z is not None and log_z.kind == "table":
                 prompt = part[0].prompt
-                new["log_z"] = update_table(params["log_z"], prompt, target, log_z.table_rate)
+                new["log_z"] = update_table(params["log_z"], prompt, estimate, log_z.table_rate)
             return (new, optimizer), None
 
         return jax.lax.scan(update, (carry.params, carry.optimizer), parts)[0]
+
+    def _log_z(self, own: jax.Array, estimate: jax.Array) -> jax.Array:
+        """Log Z of some rows, from the prompts' own numbers or from the rows at hand."""
+        kind = self.objective.log_z.kind
+        if kind in GROUP_KINDS:
+            return estimate
+        if kind == "table":
+            return jax.lax.stop_gradient(own)
+        return own if kind == "head" else jnp.zeros_like(own)
 
     def _values(self, params: Any, problem: Problem, rows: Draw) -> jax.Array | None:
         if params is None:
@@ -295,23 +304,23 @@ class Run:
             "reward": advantage,
             "mask": mask,
         }
-        target = log_z = jnp.zeros(rows.prompt.shape)
+        estimate = log_z = jnp.zeros(rows.prompt.shape)
         if isinstance(objective, FlowRLConfig):
-            target = log_z_target(config=objective, **arrays)
-            own = params["log_z"]["value"][rows.prompt]
-            log_z = {
-                "head": lambda: own,
-                "table": lambda: jax.lax.stop_gradient(own),
-                "group": lambda: group_mean(target, self.config.group_size),
-                "zero": lambda: log_z,
-            }[objective.log_z.kind]()
+            arrays["ref_logprobs"] = prior_logprobs(ref_logprobs, rows.logprobs, objective)
+            estimate = log_z_estimate(
+                old_logprobs=rows.logprobs,
+                config=objective,
+                group_size=self.config.group_size,
+                **arrays,
+            )
+            log_z = self._log_z(params["log_z"]["value"][rows.prompt], estimate)
         if params["value"] is not None:
             now = self._values(params["value"], problem, rows)
             arrays |= {"values": now, "old_values": values, "returns": returns}
         total, weight, _ = objective_of(objective).terms(
             objective, log_z=log_z, old_logprobs=rows.logprobs, correction=None, **arrays
         )
-        return total.sum() / jnp.maximum(weight.sum(), 1.0), target
+        return total.sum() / jnp.maximum(weight.sum(), 1.0), estimate
 
 
 def init_log_z(problem: Problem) -> dict[str, jax.Array]:

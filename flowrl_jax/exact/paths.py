@@ -1,4 +1,4 @@
-"""Two tasks with many right answers, listed: reach a number by operations, reach a node by edges."""
+"""Two listed tasks with many right answers: to a number by operations, to a node by edges."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -43,18 +43,16 @@ def integer_paths(seed: int = 0, prompts: int = 8, length: int = 7) -> Problem:
         if start != target and _FEWEST <= solved.sum() <= _MOST and len(correct) < prompts:
             correct.append(solved)
             seen.append(np.stack([target - value, language.depths], axis=1)[: language.places])
-    features = (
-        lambda i, rows: np.concatenate(  # noqa: E731
-            [
-                np.eye(prompts)[np.full(len(rows), i)],
-                np.eye(2 * _SEEN_GAP + 1)[np.clip(rows[:, 0], -_SEEN_GAP, _SEEN_GAP) + _SEEN_GAP],
-                np.tanh(rows[:, :1] / _SEEN_GAP),
-                rows[:, :1] % 2,
-                np.eye(length)[rows[:, 1]],
-            ],
-            axis=1,
+
+    def features(prompt: int, rows: np.ndarray) -> np.ndarray:
+        gap, depth = rows.T
+        near = np.clip(gap, -_SEEN_GAP, _SEEN_GAP) + _SEEN_GAP
+        columns = (np.tanh(gap / _SEEN_GAP)[:, None], gap[:, None] % 2)
+        who = np.full(len(rows), prompt)
+        return np.hstack(
+            [np.eye(prompts)[who], np.eye(2 * _SEEN_GAP + 1)[near], *columns, np.eye(length)[depth]]
         )
-    )
+
     return _problem(language, correct, [kind] * prompts, kinds, seen, features)
 
 
@@ -92,17 +90,12 @@ def graph_routes(
         for response in np.flatnonzero(solved):
             route = _without_round_trips(_nodes_on_the_way(language, node, response))
             kind[-1][response] = numbers.setdefault(route, len(numbers))
-    features = (
-        lambda _, rows: np.concatenate(  # noqa: E731
-            [
-                np.eye(nodes)[rows[:, 0]],
-                np.eye(nodes)[rows[:, 1]],
-                np.eye(length)[rows[:, 2]],
-                (rows[:, :1] == rows[:, 1:2]),
-            ],
-            axis=1,
-        )
-    )
+
+    def features(_: int, rows: np.ndarray) -> np.ndarray:
+        node, target, depth = rows.T
+        there = (node == target)[:, None]
+        return np.hstack([np.eye(nodes)[node], np.eye(nodes)[target], np.eye(length)[depth], there])
+
     return _problem(language, correct, kind, len(numbers), seen, features)
 
 
@@ -187,5 +180,6 @@ def skewed_prior(problem: Problem, seed: int, *, solved: float, skew: float) -> 
     even *= np.where(language.depths < language.length, stop, 1.0)
     wrong = np.where(correct, 0.0, even * liked)
     right = np.where(correct, even * liked, 0.0)
-    share = lambda x: x / x.sum(axis=1, keepdims=True)  # noqa: E731
-    return (1.0 - solved) * share(wrong) + solved * share(right)
+    wrong /= wrong.sum(axis=1, keepdims=True)
+    right /= right.sum(axis=1, keepdims=True)
+    return (1.0 - solved) * wrong + solved * right

@@ -1,5 +1,6 @@
 """What is to be learned in a listed language, and by which policy."""
 
+import itertools
 from typing import Any, Protocol
 
 import jax
@@ -82,11 +83,11 @@ class Network:
     def init(self, key: jax.Array, problem: Problem, width: int) -> Any:
         """Random hidden layers; the last is 0, so that distributions are even at first."""
         sizes = (problem.features.shape[-1], self.hidden, self.hidden)
-        layers = [
-            {"kernel": jax.random.normal(key, (fan_in, fan_out)) * fan_in**-0.5,
-             "bias": jnp.zeros(fan_out)}
-            for key, fan_in, fan_out in zip(jax.random.split(key), sizes[:-1], sizes[1:], strict=True)
-        ]  # fmt: skip
+        layers = []
+        for fan_in, fan_out in itertools.pairwise(sizes):
+            key, drawing = jax.random.split(key)
+            kernel = jax.random.normal(drawing, (fan_in, fan_out)) * fan_in**-0.5
+            layers.append({"kernel": kernel, "bias": jnp.zeros(fan_out)})
         last = {"kernel": jnp.zeros((self.hidden, width)), "bias": jnp.zeros(width)}
         return [*layers, last]
 
