@@ -117,8 +117,10 @@ def certify(config: CertifyConfig) -> dict[str, Any]:
     )
     policy, rate = Table(), jnp.float32(config.learning_rate)
     key = jax.random.key(config.seed)
-    _, params = jax.jit(Run(policy, objective, learn))(problem, problem, reference, key, rate)
-    prior = np.asarray(response_logprobs(policy, reference, problem), np.float64)
+    start = response_logprobs(policy, reference, problem)
+    run = jax.jit(Run(policy, objective, learn))
+    _, params = run(problem, problem, reference, start, key, rate)
+    prior = np.asarray(start, np.float64)
     found = np.asarray(response_logprobs(policy, params["policy"], problem), np.float64)
     target = target_of(objective, problem, prior, learn.group_size)
     result = {**dataclasses.asdict(config), "target": target.name}

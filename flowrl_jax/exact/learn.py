@@ -107,7 +107,6 @@ class Carry(NamedTuple):
     reference: Any
     optimizer: Any
     waiting: Draw | None
-    key: jax.Array
 
 
 def draw(policy: Policy, params: Any, problem: Problem, prompt: jax.Array, key: jax.Array) -> Draw:
@@ -161,14 +160,21 @@ class Run:
     config: LearnConfig
 
     def __call__(
-        self, problem: Problem, measured: Problem, reference: Any, key: jax.Array, rate: jax.Array
-    ) -> tuple[Measures, Any]:
+        self,
+        problem: Problem,
+        measured: Problem,
+        reference: Any,
+        prior: jax.Array,
+        key: jax.Array,
+        rate: jax.Array,
+    ) -> tuple[Measures, dict[str, Any]]:
         """Trains a policy; pure, so that keys and rates may be a batch.
 
         Args:
             problem: whose prompts are learned from.
             measured: whose prompts are measured, exactly.
             reference: parameters that the policy starts from and is compared with.
+            prior: `response_logprobs` of the reference on what is measured.
             key: of all samples.
             rate: Adam's.
 
@@ -185,51 +191,49 @@ class Run:
             f"prompts={config.prompts} of a rollout, of {problem.prompts} that there are: ask for"
             " fewer",
         )
-        prior = response_logprobs(self.policy, reference, measured)
         carry = self._start(problem, reference, key)
         each = config.rollouts // config.points
 
-        def between(carry, index):
-            step = lambda i, carry: self._step(problem, rate, carry, index * each + i)  # noqa: E731
-            carry = jax.lax.fori_loop(0, each, step, carry)
+        def between(carry, point):
+            step = lambda i, carry: self._step(problem, key, rate, carry, i)  # noqa: E731
+            first = jnp.maximum(point - 1, 0) * each
+            carry = jax.lax.fori_loop(first, point * each, step, carry)
             now = response_logprobs(self.policy, carry.params["policy"], measured)
             return carry, measure(measured, now, prior)
 
-        carry, found = jax.lax.scan(between, carry, jnp.arange(config.points))
-        first = measure(measured, prior, prior)
-        found = jax.tree.map(lambda one, rest: jnp.concatenate([one[None], rest]), first, found)
+        carry, found = jax.lax.scan(between, carry, jnp.arange(config.points + 1))
         return found, carry.params
 
     def _start(self, problem: Problem, reference: Any, key: jax.Array) -> Carry:
-        key, at_first = jax.random.split(key)
+        at_first, drawing = jax.random.split(jax.random.fold_in(key, self.config.rollouts))
         params = {"policy": reference, "log_z": init_log_z(problem), "value": None}
         if objective_of(self.objective).needs_values(self.objective):
             params["value"] = self.policy.init(at_first, problem, 1)
         waiting = None
         if self.config.staleness:
-            key, drawing = jax.random.split(key)
             keys = jax.random.split(drawing, self.config.staleness)
             waiting = jax.lax.map(lambda key: self._sample(problem, reference, key), keys)
-        return Carry(params, reference, _OPTIMIZER.init(params), waiting, key)
+        return Carry(params, reference, _OPTIMIZER.init(params), waiting)
 
     def _sample(self, problem: Problem, params: Any, key: jax.Array) -> Draw:
         choosing, drawing = jax.random.split(key)
-        prompts = jax.random.permutation(choosing, problem.prompts)[: self.config.prompts]
-        rows = jnp.repeat(prompts.astype(jnp.int32), self.config.group_size * self.config.groups)
+        order = jnp.argsort(jax.random.bits(choosing, problem.prompts))
+        chosen = order[: self.config.prompts].astype(jnp.int32)
+        rows = jnp.repeat(chosen, self.config.group_size * self.config.groups)
         return draw(self.policy, params, problem, rows, drawing)
 
-    def _step(self, problem: Problem, rate: jax.Array, carry: Carry, index: jax.Array) -> Carry:
+    def _step(self, problem: Problem, key, rate, carry: Carry, index) -> Carry:
         """A rollout, and learning from it or from one that has waited."""
         if self.config.decay:
             rate = rate * 0.5 * (1.0 + jnp.cos(jnp.pi * index / self.config.rollouts))
-        key, drawing = jax.random.split(carry.key)
+        drawing = jax.random.fold_in(key, index)
         rows, waiting = self._sample(problem, carry.params["policy"], drawing), carry.waiting
         if waiting is not None:
             queue = jax.tree.map(lambda old, new: jnp.append(old, new[None], 0), waiting, rows)
             rows = jax.tree.map(lambda x: x[0], queue)
             waiting = jax.tree.map(lambda x: x[1:], queue)
         params, state = self._learn(problem, rate, carry, rows)
-        carry = Carry(params, carry.reference, state, waiting, key)
+        carry = Carry(params, carry.reference, state, waiting)
         if not self.config.reset_every:
             return carry
         reset = carry._replace(reference=params["policy"], optimizer=_OPTIMIZER.init(params))

@@ -95,7 +95,7 @@ class Network:
         """Computes them."""
         x = features[prompt, state]
         for layer in params[:-1]:
-            x = jax.nn.gelu(x @ layer["kernel"] + layer["bias"])
+            x = jax.nn.relu(x @ layer["kernel"] + layer["bias"])
         return x @ params[-1]["kernel"] + params[-1]["bias"]
 
 

@@ -231,12 +231,14 @@ def plane_svg(data: ReportData) -> str | None:
     return open_svg(WIDTH, HEIGHT, label) + "".join(parts) + "</svg>"
 
 
-def stand_alone(svg: str, title: str) -> str:
+def stand_alone(svg: str, title: str, width: float = WIDTH, height: float = HEIGHT) -> str:
     """Makes an inline picture a file of its own, with its colours, fonts and a background.
 
     Args:
       svg: from `plane_svg`.
       title: written above the picture.
+      width: of the picture.
+      height: of the picture.
 
     Returns:
       An SVG document.
@@ -245,10 +247,10 @@ def stand_alone(svg: str, title: str) -> str:
     inner = svg[svg.index(">") + 1 : svg.rindex("</svg>")]
     label = svg[svg.index("aria-label=") : svg.index(">")]
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH:g} {HEIGHT + 40:g}"'
-        f' width="{WIDTH:g}" height="{HEIGHT + 40:g}" role="img" {label}>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height + 40:g}"'
+        f' width="{width:g}" height="{height + 40:g}" role="img" {label}>'
         f"<style>{style}</style>"
-        f'<rect class="card" x="0.5" y="0.5" width="{WIDTH - 1:g}" height="{HEIGHT + 39:g}"'
+        f'<rect class="card" x="0.5" y="0.5" width="{width - 1:g}" height="{height + 39:g}"'
         ' rx="10"/>'
         f'<text class="heading" x="24" y="32">{text(title)}</text>'
         f'<g transform="translate(0 40)">{inner}</g></svg>\n'

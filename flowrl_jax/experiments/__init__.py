@@ -1,0 +1,1 @@
+"""Experiments that compare objectives, run by `python -m flowrl_jax.experiments.NAME`."""
