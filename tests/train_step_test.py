@@ -44,8 +44,18 @@ OBJECTIVES = {
     "grpo token": GRPOConfig(kl_coef=0.1, aggregation="token"),
     "grpo sequence": GRPOConfig(kl_coef=0.1),
     "unit zero": FlowRLConfig(beta=2.0, weight="unit", log_z=LogZConfig(kind="zero")),
+    "jensen_shannon table": FlowRLConfig(
+        beta=2.0, divergence="jensen_shannon", log_z=LogZConfig(kind="table")
+    ),
+    "gap group_old": FlowRLConfig(
+        beta=2.0,
+        divergence="forward_kl",
+        gap_low=2.0,
+        gap_high=2.0,
+        log_z=LogZConfig(kind="group_old"),
+    ),
 }
-SLOW = {"grpo sequence", "unit zero"}  # their parts are in the others, too
+SLOW = {"grpo sequence", "unit zero", "gap group_old"}  # their parts are in the others, too
 
 
 @cache
