@@ -25,7 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "datasets tasks rewards sandbox tokenizers checkpoint integrity evaluation graded metrics"
         " metric_sinks progress report retention",
         "config sampling_config cli assembly distributed rollouts grading settings planning"
-        " evaluator benchmarking",
+        " evaluator loop benchmarking",
         "train evaluate sample sft convert plan certify quickstart judge",
     )
 )
