@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import re
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 import pytest
@@ -17,6 +18,7 @@ from flowrl_jax.config import parse_config
 from flowrl_jax.errors import InputError
 from flowrl_jax.models.transformer import TransformerConfig
 from flowrl_jax.objectives import OBJECTIVES
+from flowrl_jax.objectives.flowrl import FlowRLConfig
 from flowrl_jax.objectives.presets import PRESETS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -205,3 +207,28 @@ def test_presets_are_documented():
             assert cell(f"`log_z.{field}`").startswith(wanted)
         assert float(cell("`log_z.dropout`")) == preset.log_z.dropout
         assert cell("`length_normalize`") == ("yes" if preset.length_normalize else "no")
+
+
+def test_flow_family_is_documented():
+    """Each row of its table is the preset's own values."""
+    text = (REPOSITORY / "docs" / "objective.md").read_text(encoding="utf-8")
+    section = text.partition("## The flow family")[2].partition("\n## ")[0]
+    rows = [row.split(" | ") for row in re.findall(r"^\| (`\w+` \|.+) \|$", section, re.MULTILINE)]
+    rows = [row for row in rows if row[0].strip("`") in PRESETS]
+    family = {name for name, preset in PRESETS.items() if isinstance(preset, FlowRLConfig)}
+    assert {row[0].strip("`") for row in rows} == family - {
+        *("flowrl_paper", "flowrl_release", "flowrl_recipe", "flowrl")
+    }
+    for name, _, beta, kappa, norm, kind, weight, besides in rows:
+        preset: Any = PRESETS[name.strip("`")]
+        assert float(beta) == preset.beta
+        assert kappa == ("n" if preset.length_normalize else "1")
+        assert (norm, kind) == (f"`{preset.reward_norm}`", f"`{preset.log_z.kind}`")
+        bound = f" {preset.weight_max:g}" if preset.weight == "max" else ""
+        assert weight == f"`{preset.weight}`{bound}"
+        assert ("reference=old" in besides) == (preset.reference == "old")
+        assert (f"divergence={preset.divergence}" in besides) == (preset.divergence != "reverse_kl")
+        if preset.log_z.kind == "table":
+            assert f"`table_rate` {preset.log_z.table_rate:g}" in besides
+        if preset.gap_high:
+            assert f"`gap_low` {preset.gap_low:g}, `gap_high` {preset.gap_high:g}" in besides
