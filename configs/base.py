@@ -15,6 +15,7 @@ def _optimizer() -> dict:
     return {
         "learning_rate": 1e-6,  # peak; the released value for 7B and 32B
         "log_z_learning_rate": 0.0,  # 0: the policy's, as released; its own is often 100x larger
+        "value_learning_rate": 0.0,  # 0: the policy's; of objectives with values, PPO's critic
         "schedule": "constant",  # after warm-up: constant, linear or cosine
         "warmup_steps": 10,  # rollout steps
         "b1": 0.9,  # decay of the first moment

@@ -22,7 +22,7 @@ from flowrl_jax.models.hf_config import read_config
 from flowrl_jax.models.lora import with_adapters, without_adapters
 from flowrl_jax.models.transformer import Transformer, TransformerConfig
 from flowrl_jax.new_folder import in_first_process
-from flowrl_jax.objectives import for_length
+from flowrl_jax.objectives import for_length, objective_of
 from flowrl_jax.objectives.sft import SFTConfig
 from flowrl_jax.optimizer import OptimizerConfig, make_optimizer
 from flowrl_jax.sampler import SamplerConfig, StopTable, rollout_key
@@ -212,12 +212,14 @@ def make_learner(
         InputError: if the sizes do not divide.
     """
     log_z = getattr(objective, "log_z", None)
+    train = {
+        "train_log_z": log_z is not None and log_z.kind == "head",
+        "train_value": objective_of(objective).needs_values(objective),
+    }
     learner = Learner(
         model=parts.model,
         objective=for_length(objective, parts.config.rollout.max_response_length),
-        optimizer=make_optimizer(
-            optimizer, steps, updates, train_log_z=log_z is not None and log_z.kind == "head"
-        ),
+        optimizer=make_optimizer(optimizer, steps, updates, **train),
         group_size=parts.config.rollout.group_size,
         temperature=parts.config.rollout.temperature,
         config=parts.config.train.step,

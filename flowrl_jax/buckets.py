@@ -28,7 +28,7 @@ from flowrl_jax.train_step import (
     finish_step,
     make_score,
     make_train_step,
-    response_logprobs,
+    score_rows,
     with_ids,
     zero_sums,
 )
@@ -195,6 +195,8 @@ def _take(batch: TrainBatch, rows: jax.Array, length: int) -> TrainBatch:
         ref_logprobs=batch.ref_logprobs[:, :length],
         reward=tokens_of(batch.reward),
         correction=tokens_of(batch.correction),
+        old_values=tokens_of(batch.old_values),
+        returns=tokens_of(batch.returns),
     )
     return jax.tree.map(lambda x: _rows(x, rows), short)
 
@@ -211,33 +213,35 @@ def make_scores(learner: Learner, rows_per_update: int = 0) -> Callable:
         rows_per_update: as in `make_score`.
 
     Returns:
-        A function `(policy, tokens, prompt_mask, response_mask, lengths) -> logprobs [B, T]`, the
-        lengths `[B]` being the host's.
+        A function `(policy, tokens, prompt_mask, response_mask, lengths, head=None)` to what
+        `make_score`'s gives, the lengths `[B]` being the host's.
     """
     if not learner.config.length_buckets:
         score = make_score(learner, rows_per_update)
-        return lambda policy, tokens, prompt_mask, response_mask, lengths: score(
-            policy, tokens, prompt_mask, response_mask
+        return lambda policy, tokens, prompt_mask, response_mask, lengths, head=None: score(
+            policy, tokens, prompt_mask, response_mask, head
         )
     layout = learner.layout
     start = jax.jit(lambda mask: jnp.zeros(mask.shape), out_shardings=layout.batch)
 
-    def some(length, logprobs, policy, tokens, prompt_mask, response_mask, rows):
+    def some(length, scored, policy, tokens, prompt_mask, response_mask, rows, head):
         tokens = tokens[:, : prompt_mask.shape[1] + length]
         arrays = (tokens, prompt_mask, response_mask[:, :length])
-        found, _ = response_logprobs(learner, policy, *(_rows(x, rows) for x in arrays))
-        return logprobs.at[rows, :length].set(found, mode="promise_in_bounds")
+        found = score_rows(learner, policy, head, *(_rows(x, rows) for x in arrays))
+        put = lambda x, own: x.at[rows, :length].set(own, mode="promise_in_bounds")  # noqa: E731
+        return jax.tree.map(put, scored, found)
 
     some = layout.jit(some, static_argnums=0, donate_argnums=1, out_shardings=layout.batch)
 
-    def scores(policy, tokens, prompt_mask, response_mask, lengths):
+    def scores(policy, tokens, prompt_mask, response_mask, lengths, head=None):
         size = math.gcd(lengths.size, learner.micro_batch(rows_per_update or lengths.size))
         limit = response_mask.shape[1]
-        logprobs = start(response_mask)
+        scored = start(response_mask)
+        if head is not None:
+            scored = (scored, start(response_mask))
+        arrays = (policy, tokens, prompt_mask, response_mask)
         for part in cut(lengths, size, 1, learner.config.length_buckets, limit):
-            logprobs = some(
-                part.length, logprobs, policy, tokens, prompt_mask, response_mask, part.rows
-            )
-        return logprobs
+            scored = some(part.length, scored, *arrays, part.rows, head)
+        return scored
 
     return scores

@@ -6,8 +6,10 @@ from typing import Any
 import optax
 
 from flowrl_jax.models.transformer import Transformer
+from flowrl_jax.objectives import objective_of
 from flowrl_jax.objectives.correction import CorrectionConfig
 from flowrl_jax.objectives.log_z import LogZConfig
+from flowrl_jax.objectives.values import ValueConfig
 from flowrl_jax.sharding import Layout
 
 
@@ -47,7 +49,7 @@ class Learner:
     Attributes:
         model: the policy's architecture.
         objective: config of the objective, e.g. `FlowRLConfig`.
-        optimizer: over `{"policy": ..., "log_z": ...}`.
+        optimizer: over `{"policy": ..., "log_z": ...}` and, where there is a head, `"value"`.
         group_size: samples per prompt.
         temperature: at which responses are sampled; log-probabilities are taken at it.
         config: how steps are computed.
@@ -68,6 +70,12 @@ class Learner:
     def log_z(self) -> LogZConfig | None:
         """How log Z is obtained; None for objectives without one."""
         return getattr(self.objective, "log_z", None)
+
+    @property
+    def value(self) -> ValueConfig | None:
+        """The head that gives a value per state; None for objectives without one."""
+        needed = objective_of(self.objective).needs_values(self.objective)
+        return self.objective.value if needed else None
 
     @property
     def unit(self) -> int:

@@ -7,33 +7,43 @@ import jax.numpy as jnp
 
 from flowrl_jax.learner import Learner
 from flowrl_jax.masking import masked_mean, masked_sum
-from flowrl_jax.objectives import objective_of
+from flowrl_jax.objectives import balance_of, objective_of
 from flowrl_jax.objectives.correction import correction_weights, sampler_agreement
-from flowrl_jax.objectives.flowrl import FlowRLConfig, log_z_target, prior_logprobs
+from flowrl_jax.objectives.flowrl import log_z_target, prior_logprobs
 from flowrl_jax.types import Rollout, TrainBatch
 
 
 def make_learning_batch(learner: Learner) -> Callable:
-    """A jitted `(rollout, old_logprobs, ref_logprobs, reward, prompt_id)` to batch and metrics.
+    """A jitted `(rollout, old_logprobs, ref_logprobs, reward, prompt_id, values=None)`.
 
     Args:
         learner: names objective, group size, correction and mesh.
 
     Returns:
         A function of a `Rollout`, two `[B, T]` float32 arrays, raw rewards `[B]` float32 and
-        `[B]` int32 prompt ids; it returns a `TrainBatch` and scalar metrics of the rollout.
+        `[B]` int32 prompt ids, and of values `[B, T]` float32 where the objective reads those of
+        the time of sampling; it returns a `TrainBatch` and scalar metrics of the rollout.
     """
+    objective = objective_of(learner.objective)
 
-    def build(rollout: Rollout, old_logprobs, ref_logprobs, reward, prompt_id):
-        advantage, learned = objective_of(learner.objective).advantages(
+    def build(rollout: Rollout, old_logprobs, ref_logprobs, reward, prompt_id, values=None):
+        sampled = {
+            "old_logprobs": old_logprobs,
+            "ref_logprobs": ref_logprobs,
+            "mask": rollout.response_mask,
+        }
+        if learner.value is not None:
+            sampled["values"] = values
+        advantage, learned = objective.advantages(
             learner.objective,
             reward,
             group_size=learner.group_size,
-            old_logprobs=old_logprobs,
-            ref_logprobs=ref_logprobs,
-            mask=rollout.response_mask,
             truncated=rollout.truncated,
+            **sampled,
         )
+        returns = None
+        if objective.returns is not None:
+            returns = objective.returns(learner.objective, reward, **sampled)
         pair = (old_logprobs, rollout.sampler_logprobs, rollout.response_mask)
         correction, seen = correction_weights(*pair, learner.correction)
         seen |= sampler_agreement(*pair)
@@ -47,6 +57,8 @@ def make_learning_batch(learner: Learner) -> Callable:
             prompt_id=prompt_id,
             row_id=jnp.arange(reward.shape[0], dtype=jnp.int32),
             correction=correction,
+            old_values=values,
+            returns=returns,
         )
         metrics = {f"rollout/{name}": value for name, value in seen.items()}
         return batch, metrics | _metrics(learner, rollout, batch, reward)
@@ -73,15 +85,32 @@ def _metrics(learner: Learner, rollout: Rollout, batch: TrainBatch, reward: jax.
             masked_sum(batch.old_logprobs - batch.ref_logprobs, mask, axis=1)
         ),
     }
-    if isinstance(learner.objective, FlowRLConfig):
-        prior = prior_logprobs(batch.ref_logprobs, batch.old_logprobs, learner.objective)
-        target = log_z_target(batch.old_logprobs, prior, batch.reward, mask, learner.objective)
+    if batch.returns is not None and batch.old_values is not None:
+        metrics |= _value_metrics(batch.returns, batch.old_values, mask)
+    balance = balance_of(learner.objective)
+    if balance is not None:
+        prior = prior_logprobs(batch.ref_logprobs, batch.old_logprobs, balance)
+        target = log_z_target(batch.old_logprobs, prior, batch.reward, mask, balance)
         means = target.reshape(groups.shape).mean(axis=1)
         error = 1.96 * jnp.std(means) / jnp.sqrt(means.size)
         metrics["log_z/monte_carlo_mean"] = jnp.mean(means)
         metrics["log_z/monte_carlo_low"] = jnp.mean(means) - error
         metrics["log_z/monte_carlo_high"] = jnp.mean(means) + error
     return metrics
+
+
+def _value_metrics(returns: jax.Array, values: jax.Array, mask: jax.Array):
+    """Means over all tokens, and the share of the returns' variance that the values explain."""
+
+    def variance(x):
+        return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+
+    unexplained = variance(returns - values) / jnp.maximum(variance(returns), 1e-8)
+    return {
+        "value/mean": masked_mean(values, mask),
+        "value/return_mean": masked_mean(returns, mask),
+        "value/explained_variance": 1.0 - unexplained,
+    }
 
 
 def make_minibatch(learner: Learner, count: int) -> Callable:

@@ -19,6 +19,7 @@ from flowrl_jax.evaluator import Evaluator
 from flowrl_jax.grading import Grading
 from flowrl_jax.learner import Learner
 from flowrl_jax.models.lora import with_adapters
+from flowrl_jax.objectives import objective_of
 from flowrl_jax.rollouts import encode_rows, sample
 from flowrl_jax.sampler import SamplerConfig, rollout_key
 from flowrl_jax.sharding import local_rows
@@ -56,7 +57,14 @@ class Loop:
         """All weights of the policy, adapters among them."""
         return with_adapters(self.base, state.params["policy"])
 
-    def collect(self, policy: Any, step: int, position: int, age: int) -> "Collected":
+    def head(self, state: TrainState) -> Any:
+        """The value head, where values of the time of sampling are asked for; else None."""
+        objective = objective_of(self.learner.objective)
+        return None if objective.returns is None else state.params["value"]
+
+    def collect(
+        self, policy: Any, step: int, position: int, age: int, head: Any = None
+    ) -> "Collected":
         """Samples responses to this process's part of the rows from `position` on.
 
         Args:
@@ -64,6 +72,7 @@ class Loop:
             step: that the responses are for.
             position: in the data.
             age: steps that the policy will have learnt before that one.
+            head: from `head`, of the same state as the policy.
         """
         began = time.perf_counter()
         config = self.parts.config.rollout
@@ -79,14 +88,17 @@ class Loop:
         lengths = np.asarray(self.programs["lengths"](rollout.response_mask))
         scored = (rollout.tokens, rollout.prompt_mask, rollout.response_mask, lengths)
         # Both are dispatched while the host judges, so that device and host work together.
-        old_logprobs = rollout.sampler_logprobs
-        if config.old_logprobs == "trainer":
-            old_logprobs = score(policy, *scored)
+        old_logprobs, values = rollout.sampler_logprobs, None
+        if config.old_logprobs == "trainer" or head is not None:
+            again = score(policy, *scored, head)
+            again, values = (again, None) if head is None else again
+            old_logprobs = again if config.old_logprobs == "trainer" else old_logprobs
         ref_logprobs = old_logprobs
         if self.reference is not None:
             ref_logprobs = score(self.reference, *scored)
+        logprobs = (old_logprobs, ref_logprobs)
         return Collected(
-            rows, rollout, lengths, old_logprobs, ref_logprobs, grading, truncated, seconds, age
+            rows, rollout, lengths, *logprobs, grading, truncated, seconds, age, values
         )
 
     def learn(
@@ -104,7 +116,11 @@ class Loop:
             {"reward": rewards, "prompt_id": np.repeat(prompt_id, config.rollout.group_size)}
         )
         batch, metrics = self.programs["learning_batch"](
-            collected.rollout, collected.old_logprobs, collected.ref_logprobs, **host
+            collected.rollout,
+            collected.old_logprobs,
+            collected.ref_logprobs,
+            values=collected.values,
+            **host,
         )
         updates = config.train.updates_per_rollout
         lengths = collected.lengths.reshape(updates, -1)
@@ -171,6 +187,8 @@ class Collected:
         truncated: prompts that were.
         seconds: of sampling.
         age: steps that the policy has learnt since it sampled.
+        values: `[B, T]` float32, of the head that went with that policy; None where the objective
+            does not ask for them.
     """
 
     rows: Sequence[Row]
@@ -182,6 +200,7 @@ class Collected:
     truncated: int
     seconds: float
     age: int
+    values: jax.Array | None = None
 
 
 def _merge(metrics: dict, step_metrics: dict, update: int) -> dict:

@@ -16,6 +16,7 @@ class OptimizerConfig:
     Attributes:
         learning_rate: peak rate of the policy.
         log_z_learning_rate: peak rate of log Z; 0 means the policy's, as released.
+        value_learning_rate: peak rate of the value head, where there is one; 0 means the policy's.
         schedule: "constant", "linear" or "cosine" (to 0 at the last rollout step), after warm-up.
         warmup_steps: rollout steps over which the rate rises linearly. Step k (from 0) has
             `(k + 1) / warmup_steps` of it; the released code has `k / 10`, an idle first step.
@@ -32,6 +33,7 @@ class OptimizerConfig:
 
     learning_rate: float = 1e-6
     log_z_learning_rate: float = 0.0
+    value_learning_rate: float = 0.0
     schedule: str = "constant"
     warmup_steps: int = 10
     b1: float = 0.9
@@ -55,6 +57,7 @@ class OptimizerConfig:
         for field in (
             "learning_rate",
             "log_z_learning_rate",
+            "value_learning_rate",
             "warmup_steps",
             "weight_decay",
             "clip_norm",
@@ -92,15 +95,21 @@ def make_schedule(
 
 
 def make_optimizer(
-    config: OptimizerConfig, rollout_steps: int, updates_per_rollout: int, *, train_log_z: bool
+    config: OptimizerConfig,
+    rollout_steps: int,
+    updates_per_rollout: int,
+    *,
+    train_log_z: bool,
+    train_value: bool = False,
 ) -> optax.GradientTransformation:
-    """The optimiser over `{"policy": ..., "log_z": ...}`.
+    """The optimiser over `{"policy": ..., "log_z": ...}` and, where there is one, `"value"`.
 
     Args:
         config: hyper-parameters.
         rollout_steps: length of the run, for the schedule.
         updates_per_rollout: optimiser updates per rollout step.
         train_log_z: whether log Z follows its gradient; a table does not, it is a running mean.
+        train_value: whether there is a value head.
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
 
@@ -118,6 +127,8 @@ def make_optimizer(
         "policy": group(config.learning_rate),
         "log_z": group(log_z_rate) if train_log_z else optax.set_to_zero(),
     }
+    if train_value:
+        groups["value"] = group(config.value_learning_rate or config.learning_rate)
     partitioned = optax.partition(groups, _labels)
     return optax.chain(clip, partitioned) if config.clip_jointly else partitioned
 

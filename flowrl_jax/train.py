@@ -175,11 +175,15 @@ def _run_steps(
     ahead: Collected | None = None
     for step in range(first + 1, config.steps + 1):
         begin = time.perf_counter()
-        collected = ahead or loop.collect(loop.policy(state), step, position, age=0)
+        collected = ahead or loop.collect(
+            loop.policy(state), step, position, age=0, head=loop.head(state)
+        )
         position += config.rollout.prompts_per_step
         if config.rollout.ahead and step < config.steps:
             # The policy that has not learnt from this rollout yet samples the next one meanwhile.
-            ahead = loop.collect(loop.policy(state), step + 1, position, age=1)
+            ahead = loop.collect(
+                loop.policy(state), step + 1, position, age=1, head=loop.head(state)
+            )
         state, rewards, device_metrics = loop.learn(state, collected, dropout_key)
         done = time.perf_counter()
         metrics = {

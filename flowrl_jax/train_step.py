@@ -16,8 +16,9 @@ from flowrl_jax.logprobs import token_logprobs
 from flowrl_jax.models.log_z import LogZHead, init_log_z, pool_prompt
 from flowrl_jax.models.lora import init_lora, with_adapters
 from flowrl_jax.models.transformer import init_params
-from flowrl_jax.objectives import objective_of
-from flowrl_jax.objectives.flowrl import FlowRLConfig, log_z_estimate, log_z_target, prior_logprobs
+from flowrl_jax.models.value import init_value, response_values
+from flowrl_jax.objectives import balance_of, objective_of
+from flowrl_jax.objectives.flowrl import log_z_estimate, log_z_target, prior_logprobs
 from flowrl_jax.objectives.log_z import GROUP_KINDS, update_table
 from flowrl_jax.types import TrainBatch, TrainState
 
@@ -28,7 +29,7 @@ Sums = tuple[jax.Array, jax.Array, Any]  # the loss' numerator, its denominator,
 def response_logprobs(
     learner: Learner, params: Any, tokens, prompt_mask, response_mask, gradients: Any = None
 ):
-    """Log-probabilities `[B, T]` of the responses, and the prompts' hidden states `[B, P, D]`."""
+    """Log-probabilities `[B, T]` of the responses, and hidden states `[B, P + T, D]` of all."""
     prompt_length = prompt_mask.shape[1]
     mask = jnp.concatenate([prompt_mask, response_mask], axis=1)
     variables = {"params": params}
@@ -43,7 +44,7 @@ def response_logprobs(
         learner.model.config.logit_softcap,
         learner.model.config.drawable,
     )
-    return jnp.where(response_mask, logprobs, 0.0), hidden[:, :prompt_length]
+    return jnp.where(response_mask, logprobs, 0.0), hidden
 
 
 def _log_z(learner: Learner, params, hidden, batch: TrainBatch, estimate, key) -> jax.Array:
@@ -76,14 +77,21 @@ def _loss_sums(params, batch: TrainBatch, key, learner: Learner, base: Any, grad
         "mask": mask,
     }
     target = estimate = None
-    if isinstance(learner.objective, FlowRLConfig):
-        objective, old = learner.objective, batch.old_logprobs
-        arrays["ref_logprobs"] = prior_logprobs(batch.ref_logprobs, old, objective)
-        target = log_z_target(config=objective, **arrays)
+    balance = balance_of(learner.objective)
+    if balance is not None:
+        old = batch.old_logprobs
+        arrays["ref_logprobs"] = prior_logprobs(batch.ref_logprobs, old, balance)
+        target = log_z_target(config=balance, **arrays)
         estimate = log_z_estimate(
-            old_logprobs=old, config=objective, group_size=learner.group_size, **arrays
+            old_logprobs=old, config=balance, group_size=learner.group_size, **arrays
         )
-    log_z = _log_z(learner, params["log_z"], hidden, batch, estimate, key)
+    if learner.value is None:
+        prompts = hidden[:, : batch.prompt_mask.shape[1]]
+        log_z = _log_z(learner, params["log_z"], prompts, batch, estimate, key)
+    else:
+        values = response_values(learner.value, params["value"], hidden, mask)
+        arrays |= {"values": values, "old_values": batch.old_values, "returns": batch.returns}
+        log_z = values[:, 0]
     loss, weight, metrics = objective_of(learner.objective).terms(
         learner.objective,
         log_z=log_z,
@@ -198,6 +206,8 @@ def finish_step(
         "log_z_grad_norm": optax.tree.norm(grads["log_z"]) if grads["log_z"] else jnp.zeros(()),
         "skipped_steps": new_state.skipped.astype(jnp.float32),
     }
+    if "value" in grads:
+        metrics["value_grad_norm"] = optax.tree.norm(grads["value"])
     return new_state, metrics
 
 
@@ -295,6 +305,8 @@ def _init(learner: Learner, num_prompts: int, key: jax.Array, policy: Any = None
         "policy": init_params(config, policy_key) if policy is None else policy,
         "log_z": init_log_z(learner.log_z, config.embed_dim, num_prompts, log_z_key),
     }
+    if learner.value is not None:
+        params["value"] = init_value(learner.value, config.embed_dim, log_z_key)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
         step=zero, params=params, opt_state=learner.optimizer.init(params), skipped=zero
@@ -358,29 +370,47 @@ def make_train_step(learner: Learner, num_prompts: int) -> Callable:
     )
 
 
+def score_rows(learner: Learner, policy: Any, head: Any, tokens, prompt_mask, response_mask) -> Any:
+    """Log-probabilities `[B, T]` of responses; with a value head's parameters, values beside them.
+
+    Args:
+        learner: what is fixed.
+        policy: parameters.
+        head: parameters of the value head, or None.
+        tokens: `[B, P + T]`.
+        prompt_mask: `[B, P]`.
+        response_mask: `[B, T]`.
+    """
+    logprobs, hidden = response_logprobs(learner, policy, tokens, prompt_mask, response_mask)
+    if head is None or learner.value is None:
+        return logprobs
+    return logprobs, response_values(learner.value, head, hidden, response_mask)
+
+
 def make_score(learner: Learner, rows_per_update: int = 0) -> Callable:
-    """A jitted `(policy, tokens, prompt_mask, response_mask) -> logprobs [B, T]`.
+    """A jitted `(policy, tokens, prompt_mask, response_mask, head=None) -> logprobs [B, T]`.
 
     The old and the reference log-probabilities; rows go through in micro-batches, so that memory
-    stays that of a train step.
+    stays that of a train step. With the parameters of a value head it gives log-probabilities and
+    values, both `[B, T]`.
 
     Args:
         learner: what is fixed.
         rows_per_update: responses of an optimiser step, where these are fewer than are scored.
     """
 
-    def score(params, tokens, prompt_mask, response_mask):
+    def score(params, tokens, prompt_mask, response_mask, head=None):
         rows = tokens.shape[0]
         size = math.gcd(rows, learner.micro_batch(rows_per_update or rows))
 
         def some(arrays):
-            return response_logprobs(learner, params, *arrays)[0]
+            return score_rows(learner, params, head, *arrays)
 
         arrays = jax.tree.map(
             lambda x: jnp.moveaxis(x.reshape(size, rows // size, *x.shape[1:]), 1, 0),
             (tokens, prompt_mask, response_mask),
         )
-        logprobs = jax.lax.map(some, arrays)
-        return jnp.moveaxis(logprobs, 0, 1).reshape(rows, -1)
+        found = jax.lax.map(some, arrays)
+        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, -1), found)
 
     return learner.layout.jit(score, out_shardings=learner.layout.batch)

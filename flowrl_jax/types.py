@@ -70,6 +70,9 @@ class TrainBatch:
             result does not depend on how the batch is cut. The row's place in this batch if None.
         correction: float32 weights of `[B, T]` tokens or of `[B]` responses, see
             `objectives.correction`; all 1 if None.
+        old_values: `[B, T]` float32, the value of the state before each response token when it was
+            sampled; None for objectives that do not read it.
+        returns: `[B, T]` float32, what the values are to become; None likewise.
     """
 
     tokens: jax.Array
@@ -81,6 +84,8 @@ class TrainBatch:
     prompt_id: jax.Array | None = None
     row_id: jax.Array | None = None
     correction: jax.Array | None = None
+    old_values: jax.Array | None = None
+    returns: jax.Array | None = None
 
 
 @struct.dataclass
@@ -89,7 +94,8 @@ class TrainState:
 
     Attributes:
         step: scalar int32, optimiser steps taken or skipped.
-        params: `{"policy": tree, "log_z": tree}`, float32 master weights.
+        params: `{"policy": tree, "log_z": tree}` and, where the objective has a value head,
+            "value"; float32 master weights.
         opt_state: the optimiser's state over `params`.
         skipped: scalar int32, steps skipped because their loss or gradient was not finite.
     """

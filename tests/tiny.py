@@ -14,6 +14,7 @@ import optax
 from flowrl_jax.learner import Learner, TrainStepConfig
 from flowrl_jax.models.log_z import init_log_z
 from flowrl_jax.models.transformer import Transformer, TransformerConfig, init_params
+from flowrl_jax.models.value import init_value
 from flowrl_jax.sharding import Layout, MeshConfig, make_mesh
 from flowrl_jax.train_step import abstract_state
 from flowrl_jax.types import PromptBatch, TrainBatch, TrainState
@@ -176,6 +177,9 @@ def make_state(learner: Learner, num_prompts: int = 8, seed: int = 0) -> Any:
     rng = np.random.default_rng(seed + 1)
     draw = lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype)  # noqa: E731
     params = {"policy": tiny_params(config), "log_z": jax.tree.map(draw, log_z)}
+    if learner.value is not None:
+        make = partial(init_value, learner.value, config.embed_dim)
+        params["value"] = jax.tree.map(draw, jax.eval_shape(make, jax.random.key(0)))
     if "visits" in log_z:
         params["log_z"]["visits"] = jnp.arange(num_prompts) % 2.0
     zero = jnp.zeros((), jnp.int32)

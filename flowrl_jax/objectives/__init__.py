@@ -151,6 +151,17 @@ def objective_of(config: Any) -> Objective:
     raise TypeError(f"{type(config).__name__} is the config of no objective in OBJECTIVES")
 
 
+def balance_of(config: Any) -> FlowRLConfig | None:
+    """The trajectory balance whose log Z a config's objective has; None: it has no log Z.
+
+    Args:
+        config: of the objective.
+    """
+    if isinstance(config, SubTBConfig):
+        return config.balance
+    return config if isinstance(config, FlowRLConfig) else None
+
+
 def for_length(config: Any, max_response_length: int) -> Any:
     """A config whose loss knows how long responses may be, whatever a batch is cut to.
 

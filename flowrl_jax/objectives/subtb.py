@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from flowrl_jax.masking import masked_mean, masked_sum
-from flowrl_jax.objectives.flowrl import FlowRLConfig, Metrics, importance_weight, log_z_target
+from flowrl_jax.objectives.flowrl import FlowRLConfig, Metrics, importance_weight
 from flowrl_jax.objectives.shapes import check_shapes
 from flowrl_jax.objectives.values import ValueConfig, next_values
 
@@ -159,14 +159,11 @@ def subtb_loss(
     else:
         loss = masked_mean(flow**2, mask, axis=1)
     weight = importance_weight(masked_sum(logprobs - old_logprobs, mask, axis=1), config.balance)
-    target = log_z_target(logprobs, ref_logprobs, reward, mask, config.balance)
     metrics = {
         "residual": flow.sum(axis=1),
         "residual_abs": jnp.abs(flow.sum(axis=1)),
         "token_residual_abs": masked_mean(jnp.abs(flow), mask, axis=1),
         "importance_weight": weight,
-        "log_z": before[:, 0],
-        "log_z_target": target,
     }
     metrics = {name: jnp.mean(value) for name, value in metrics.items()}
     metrics["importance_weight_max"] = jnp.max(weight)

@@ -88,11 +88,14 @@ def planned_learner(config: Config, devices: Sequence[Any]) -> Learner:
     model = planned_shape(config.model, vocab_multiple=math.lcm(64, mesh.shape["tensor"], cut))
     model = dataclasses.replace(model, attention=_attention(model, devices[0]))
     log_z = getattr(config.loss, "log_z", None)
-    train_log_z = log_z is not None and log_z.kind == "head"
+    trained = (
+        log_z is not None and log_z.kind == "head",
+        objective_of(config.loss).needs_values(config.loss),
+    )
     learner = Learner(
         model=Transformer(model),
         objective=for_length(config.loss, config.rollout.max_response_length),
-        optimizer=_optimizer(config.optimizer, config.steps, config.updates, train_log_z),
+        optimizer=_optimizer(config.optimizer, config.steps, config.updates, *trained),
         group_size=config.rollout.group_size,
         temperature=config.rollout.temperature,
         config=config.train.step,
@@ -111,8 +114,10 @@ def planned_learner(config: Config, devices: Sequence[Any]) -> Learner:
 
 
 @functools.cache  # one object for equal settings, so that learners can be equal
-def _optimizer(config: OptimizerConfig, steps: int, updates: int, train_log_z: bool) -> Any:
-    return make_optimizer(config, steps, updates, train_log_z=train_log_z)
+def _optimizer(
+    config: OptimizerConfig, steps: int, updates: int, train_log_z: bool, train_value: bool
+) -> Any:
+    return make_optimizer(config, steps, updates, train_log_z=train_log_z, train_value=train_value)
 
 
 def policy_shapes(learner: Learner) -> Any:
@@ -209,7 +214,9 @@ def programs(config: Config, learner: Learner) -> Iterator[Program]:
     total = rollout.prompts_per_step * rollout.group_size
     micro = learner.micro_batch(config.rows_per_update)
     scored = math.gcd(total, micro)
-    reference = objective_of(config.loss).needs_reference(config.loss)
+    objective = objective_of(config.loss)
+    reference = objective.needs_reference(config.loss)
+    own = rollout.old_logprobs == "trainer" or objective.returns is not None
     yield Program(
         "score",
         lambda: _score(learner, arrays, total, config.rows_per_update),
@@ -217,7 +224,7 @@ def programs(config: Config, learner: Learner) -> Iterator[Program]:
         rows=scored,
         columns=columns,
         trips=total // scored,
-        runs=int(reference) + (rollout.old_logprobs == "trainer"),
+        runs=int(reference) + own,
         attention=attention,
     )
     update = config.rows_per_update
@@ -264,7 +271,9 @@ def _train_step(learner: Learner, arrays: _Arrays, rows: int) -> Built:
     logprobs = arrays.rows(rows, arrays.length, dtype=jnp.float32)
     ids = arrays.rows(rows, dtype=jnp.int32)
     each = arrays.rows(rows, dtype=jnp.float32)
-    by_token = objective_of(learner.objective).token_advantages(learner.objective)
+    objective = objective_of(learner.objective)
+    by_token = objective.token_advantages(learner.objective)
+    values = None if objective.returns is None else logprobs
     correction = None
     if learner.correction.kind != "none":
         correction = logprobs if learner.correction.kind in PER_TOKEN else each
@@ -278,6 +287,8 @@ def _train_step(learner: Learner, arrays: _Arrays, rows: int) -> Built:
         prompt_id=ids,
         row_id=ids,
         correction=correction,
+        old_values=values,
+        returns=values,
     )
     base = (policy_shapes(learner),) if learner.model.config.lora.rank else ()
     make = functools.partial(make_train_step, learner, num_prompts=rows)
