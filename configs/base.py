@@ -96,6 +96,8 @@ def get_config() -> ml_collections.ConfigDict:
         "cache": "",  # bfloat16, float32 or int8; empty: the compute dtype
         "prompts_per_batch": 0,  # sampled at one time; 0: all
         "ahead": False,  # the next rollout is sampled before this one is learnt from
+        "dynamic_sampling": False,  # draw again where a prompt's rewards are all equal; DAPO's
+        "max_batches": 10,  # of dynamic sampling: batches that a step draws at most; DAPO's 10
         "tensor": 0,  # parts of heads while sampling; 0: as the mesh, -1: as key heads allow
         "old_logprobs": "trainer",  # computed again, as released; sampler saves a forward pass
         "correction": {
@@ -103,6 +105,18 @@ def get_config() -> ml_collections.ConfigDict:
             "low": 0.0,  # of masks: lower weights are left out
             "high": 2.0,  # greatest weight; masks leave out greater ones
         },
+    }
+    config.replay = {
+        "fraction": 0.0,  # of the prompts of each optimiser step, not sampled but replayed
+        "size": 1024,  # prompts that are kept, over all hosts
+        "max_age": 16,  # rollout steps after which a group is not replayed any more
+        "priority": "uniform",  # or reward, variance: by rank of the group's mean or variance
+    }
+    config.reference = {
+        "reset_every": 0,  # rollout steps after which the policy becomes its own reference; 0: none
+        "on_plateau": 0,  # the same after so many evaluations without a new best; ProRL's; 0: none
+        "metric": "eval/pass_at_1",  # of evaluations; higher is better
+        "reset_optimizer": True,  # its moments start anew too
     }
     config.loss = loss_fields("flowrl", PRESETS["flowrl"])  # see docs/objective.md
     config.optimizer = _optimizer()

@@ -43,7 +43,9 @@ from flowrl_jax.train_step import abstract_policy, abstract_state, init_policy
 CHECKPOINTS = "checkpoints"
 TOKENIZER_FILE = "tokenizer.model"
 # Streams of randomness derived from the seed besides the rollouts', which take steps as labels.
-INIT_STREAM, DROPOUT_STREAM, EVAL_STREAM, SAMPLE_STREAM = (2**31 - i for i in range(1, 5))
+INIT_STREAM, DROPOUT_STREAM, EVAL_STREAM, SAMPLE_STREAM, RESAMPLE_STREAM = (
+    2**31 - i for i in range(1, 6)
+)
 _VOCAB_MULTIPLE = 64
 
 

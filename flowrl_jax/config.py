@@ -18,8 +18,10 @@ from flowrl_jax.errors import InputError, require
 from flowrl_jax.learner import TrainStepConfig
 from flowrl_jax.metric_sinks import MetricsConfig
 from flowrl_jax.models.architecture import LoraConfig
-from flowrl_jax.objectives import OBJECTIVES, check_correction
+from flowrl_jax.objectives import OBJECTIVES, check_correction, objective_of
 from flowrl_jax.optimizer import OptimizerConfig
+from flowrl_jax.reference import ReferenceConfig
+from flowrl_jax.replay import ReplayConfig
 from flowrl_jax.sampling_config import EvalConfig, RolloutConfig
 from flowrl_jax.sharding import MeshConfig
 from flowrl_jax.tasks import TaskConfig
@@ -190,8 +192,8 @@ class Config:
         seed: of initialisation, sampling, data order and dropout.
         steps: rollout steps.
         loss: config of the objective that `loss.objective` names.
-        model, tokenizer, task, data, rollout, optimizer, train, sft, eval, mesh, checkpoint,
-            metrics: see the class of each.
+        model, tokenizer, task, data, rollout, replay, reference, optimizer, train, sft, eval, mesh,
+            checkpoint, metrics: see the class of each.
     """
 
     seed: int
@@ -201,6 +203,8 @@ class Config:
     task: TaskConfig
     data: DataConfig
     rollout: RolloutConfig
+    replay: ReplayConfig
+    reference: ReferenceConfig
     loss: Any
     optimizer: OptimizerConfig
     train: TrainConfig
@@ -232,6 +236,53 @@ class Config:
             " the punishment sets in that many tokens before it",
         )
         check_correction(self.loss, self.rollout.correction)
+        self._check_replay()
+        self._check_reference()
+
+    def _check_replay(self) -> None:
+        prompts = self.rollout.prompts_per_step // self.train.updates_per_rollout
+        share = self.replay.fraction * prompts
+        require(
+            abs(share - round(share)) < 1e-6,
+            f"replay.fraction={self.replay.fraction} of the {prompts} prompts of an optimiser step"
+            " (rollout.prompts_per_step / train.updates_per_rollout) is no whole number: choose"
+            f" a multiple of 1/{prompts}",
+        )
+        require(
+            not self.replayed_prompts or self.replayed_prompts <= self.replay.size,
+            f"replay.size={self.replay.size} is less than the {self.replayed_prompts} prompts that"
+            " a step replays: keep more, or lower replay.fraction",
+        )
+        batch = self.rollout.prompts_per_batch
+        require(
+            not batch or self.sampled_prompts % batch == 0,
+            f"rollout.prompts_per_batch={batch} must divide the {self.sampled_prompts} prompts that"
+            f" a step samples with replay.fraction={self.replay.fraction}, or be 0",
+        )
+
+    def _check_reference(self) -> None:
+        reference = self.reference
+        require(
+            not reference.moves or objective_of(self.loss).needs_reference(self.loss),
+            f"reference.reset_every={reference.reset_every}, on_plateau={reference.on_plateau}: the"
+            " objective has no reference policy to reset; give it one, as by loss.kl_coef, or set"
+            " both to 0",
+        )
+        require(
+            not reference.on_plateau or self.eval.every > 0,
+            f"reference.on_plateau={reference.on_plateau} counts evaluations, and eval.every=0"
+            " makes none: set eval.every",
+        )
+
+    @property
+    def replayed_prompts(self) -> int:
+        """Prompts of a rollout step that are not sampled but replayed, over all hosts."""
+        return round(self.replay.fraction * self.rollout.prompts_per_step)
+
+    @property
+    def sampled_prompts(self) -> int:
+        """Prompts of a rollout step that are sampled, over all hosts."""
+        return self.rollout.prompts_per_step - self.replayed_prompts
 
     @property
     def updates(self) -> int:

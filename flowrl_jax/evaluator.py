@@ -147,3 +147,15 @@ class Evaluator:
                 }
             )
         return records
+
+
+def metric_names(config: EvalConfig) -> list[str]:
+    """Names of the metrics that an evaluation gives.
+
+    Args:
+        config: names k.
+    """
+    blank = {"correct": False, "form": None, "length": 1, "truncated": False, "kl": 0.0}
+    record = {"prompt_id": 0, **{name: [value] * config.k for name, value in blank.items()}}
+    values = prompt_values(samples_from_records([record]), k=config.k)
+    return [f"eval/{name}" for name in values]

@@ -133,6 +133,31 @@ def make_optimizer(
     return optax.chain(clip, partitioned) if config.clip_jointly else partitioned
 
 
+def reset_moments(
+    optimizer: optax.GradientTransformation, opt_state: Any, params: Any
+) -> optax.OptState:
+    """An optimiser's state as new, but for the place in the schedule.
+
+    Moments are 0 and their bias is corrected for from the start; the learning rate goes on, without
+    another warm-up.
+
+    Args:
+        optimizer: from `make_optimizer`.
+        opt_state: its state.
+        params: that it moves.
+    """
+
+    def kept(new: Any, old: Any) -> Any:
+        return old if isinstance(new, optax.ScaleByScheduleState) else new
+
+    return jax.tree.map(
+        kept,
+        optimizer.init(params),
+        opt_state,
+        is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState),
+    )
+
+
 def _kept_in(dtype: str, adam: optax.GradientTransformation) -> optax.GradientTransformation:
     """Adam whose moments are rounded, at random up or down, when a step has been made.
 

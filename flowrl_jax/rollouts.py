@@ -19,7 +19,11 @@ from flowrl_jax.types import PromptBatch, Rollout
 
 
 def check_rollouts(
-    rollout: RolloutConfig, share: RowShare, layout: Layout, sampling_layout: Layout
+    rollout: RolloutConfig,
+    share: RowShare,
+    layout: Layout,
+    sampling_layout: Layout,
+    replayed: int = 0,
 ) -> None:
     """Refuses numbers of prompts that do not divide.
 
@@ -28,14 +32,17 @@ def check_rollouts(
         share: which hosts hold which rows.
         layout: of training.
         sampling_layout: of sampling.
+        replayed: prompts of a step that are not sampled.
 
     Raises:
         InputError: with the sizes, the rule and the remedy.
     """
     hosts = len(share.leaders)
     shards = math.lcm(layout.batch_shards, sampling_layout.batch_shards)
-    for name in ("prompts_per_step", "prompts_per_batch"):
-        prompts = getattr(rollout, name)
+    names = {name: getattr(rollout, name) for name in ("prompts_per_step", "prompts_per_batch")}
+    if replayed:
+        names["prompts_per_step*(1 - replay.fraction)"] = rollout.prompts_per_step - replayed
+    for name, prompts in names.items():
         if prompts % hosts or prompts * rollout.group_size % shards:
             raise InputError(
                 f"rollout.{name}={prompts} times rollout.group_size={rollout.group_size} does not"

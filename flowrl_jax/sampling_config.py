@@ -11,7 +11,8 @@ class RolloutConfig:
     """What is sampled for each step of training.
 
     Attributes:
-        prompts_per_step: prompts, over all hosts.
+        prompts_per_step: prompts that a step learns from, over all hosts; all of them are sampled
+            but those that are replayed.
         group_size: samples per prompt.
         max_prompt_length: tokens, the opening id included.
         max_response_length: tokens, the end-of-sequence token included.
@@ -29,6 +30,10 @@ class RolloutConfig:
         prompts_per_batch: prompts sampled at one time; 0 means all.
         ahead: whether the next rollout is sampled before the policy learns from this one, while
             the host still judges; its policy is one step old then, and `old_logprobs` are its own.
+        dynamic_sampling: whether other prompts are drawn in place of those whose rewards are all
+            equal, see `resampling`.
+        max_batches: of dynamic sampling: batches of `prompts_per_step` prompts that a step draws at
+            most; what is missing then is filled up with what was drawn. 10 as in DAPO's recipe.
         tensor: parts of heads, mlp and vocabulary while sampling, see `sampling_layout`.
         old_logprobs: of the policy that sampled: "trainer" computes them again as the released
             code does, "sampler" takes the sampler's. Their largest difference is logged.
@@ -49,12 +54,15 @@ class RolloutConfig:
     cache: str = ""
     prompts_per_batch: int = 0
     ahead: bool = False
+    dynamic_sampling: bool = False
+    max_batches: int = 10
     tensor: int = 0
     old_logprobs: str = "trainer"
     correction: CorrectionConfig = CorrectionConfig()
 
     def __post_init__(self):
-        for field in ("prompts_per_step", "group_size", "max_prompt_length", "max_response_length"):
+        sizes = ("prompts_per_step", "group_size", "max_prompt_length", "max_response_length")
+        for field in (*sizes, "max_batches"):
             require(
                 getattr(self, field) >= 1,
                 f"rollout.{field}={getattr(self, field)} must be at least 1",
@@ -82,6 +90,16 @@ class RolloutConfig:
             and (not self.prompts_per_batch or self.prompts_per_step % self.prompts_per_batch == 0),
             f"rollout.prompts_per_batch={self.prompts_per_batch} must divide"
             f" rollout.prompts_per_step={self.prompts_per_step}, or be 0",
+        )
+        require(
+            not (self.dynamic_sampling and self.ahead),
+            "rollout.dynamic_sampling=True with rollout.ahead=True: what is drawn again is known"
+            " once all is judged, so there is nothing to do meanwhile; set one of them to False",
+        )
+        require(
+            not self.dynamic_sampling or self.group_size > 1,
+            "rollout.dynamic_sampling=True with rollout.group_size=1: rewards of a single response"
+            " never differ; set group_size to 2 or more, or dynamic_sampling=False",
         )
         require(
             self.old_logprobs == "trainer" or (self.top_k, self.top_p, self.min_p) == (0, 1.0, 0.0),
