@@ -152,6 +152,28 @@ WRONG = {
         {"rollout__correction__kind": "token"},
         "kind='token' does not fit loss.objective='flowrl', whose loss is one number per response",
     ),
+    "nothing ahead": (
+        {"rollout__dynamic_sampling": True, "rollout__ahead": True},
+        "so there is nothing to do meanwhile; set one of them to False",
+    ),
+    "single responses": (
+        {"rollout__dynamic_sampling": True, "rollout__group_size": 1},
+        "rewards of a single response never differ",
+    ),
+    "batches": ({"rollout__max_batches": 0}, "rollout.max_batches=0 must be at least 1"),
+    "replayed share": (
+        {"replay__fraction": 0.3},
+        "replay.fraction=0.3 of the 32 prompts of an optimiser step",
+    ),
+    "replay size": (
+        {"replay__fraction": 0.5, "replay__size": 100},
+        "replay.size=100 is less than the 256 prompts that a step replays",
+    ),
+    "sampled pieces": (
+        {"replay__fraction": 0.5, "rollout__prompts_per_batch": 512},
+        "prompts_per_batch=512 must divide the 256 prompts that a step samples",
+    ),
+    "no evaluations": ({"reference__on_plateau": 2}, "eval.every=0 makes none: set eval.every"),
     "k": ({"eval__k": 17}, "eval.k=17 must lie in 1..eval.samples=16"),
     "eval batch": ({"eval__prompts_per_batch": 0}, "eval.prompts_per_batch=0 must be at least 1"),
     "schedule": ({"optimizer__schedule": "step"}, "optimizer.schedule='step' is not known"),

@@ -49,6 +49,14 @@ WRONG = {
     "unknown data set": (["--config.data.builder=countdwn"], "countdown"),
     "missing tokenizer": (["--config.tokenizer.path=/nowhere.model"], "/nowhere.model"),
     "vocabulary larger than the model's": (["--config.model.vocab_size=8"], "tokenizer has 26 ids"),
+    "unknown metric": (
+        ["--config.reference.on_plateau=2", "--config.reference.metric=eval/pass_at_2"],
+        "eval/pass_at_1",
+    ),
+    "what is sampled does not divide over the devices": (
+        ["--config.rollout.group_size=2", "--config.replay.fraction=0.25"],
+        "prompts_per_step*(1 - replay.fraction)=6",
+    ),
     "missing weights": (["--config.model.path=/nowhere"], "/nowhere"),
     "missing run to start from": (["--config.model.start_from=/nowhere"], "/nowhere"),
 }
