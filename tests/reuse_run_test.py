@@ -139,22 +139,31 @@ def test_replay_and_resets_resume(tmp_path):
 
 
 def test_adapters_can_be_the_reference(tmp_path):
-    """On a plateau, and with a rollout that was sampled, and scored, before the reset."""
+    """Also of a rollout that was sampled, and scored, before the reset."""
     config = tiny_run(
-        "grpo", steps=4, model__start_from=warmup(), model__lora__rank=4, rollout__ahead=True,
-        reference__on_plateau=1, reference__metric="eval/kl_to_reference", loss__kl_coef=0.1,
-        optimizer__learning_rate=1e-2, **(SAVED | {"eval__every": 1}),
+        steps=5, model__start_from=warmup(), model__lora__rank=4, rollout__ahead=True,
+        reference__reset_every=2, loss__log_z__kind="zero", train__updates_per_rollout=1,
+        optimizer__learning_rate=1e-2, **(QUIET | {"checkpoint__every": 4, "eval__every": 2}),
     )  # fmt: skip
     with one_device():
         train(config, tmp_path / "run")
-    lines = metrics(tmp_path / "run")
-    # The policy leaves its reference, which counts as progress, until it is taken along.
-    kl = [line["eval/kl_to_reference"] for line in lines]
-    resets = [line["reference/resets"] for line in lines[1:]]
-    assert kl[0] == 0.0 and kl[1] > 0.0
-    best, expected, count = kl[0], [0], 0
-    for value in kl[1:-1]:
-        count, best = (count, value) if value > best else (count + 1, value)
-        expected.append(count)
-    assert resets == expected
-    assert final_state(tmp_path / "run")["host"]["reference"]["last"] == kl[-1]
+    lines = {line["step"]: line for line in metrics(tmp_path / "run")}
+    assert [lines[step]["reference/resets"] for step in range(1, 6)] == [0, 0, 1, 1, 2]
+    # The policy that learns at steps 1, 3 and 5 is its own reference, whoever sampled for them.
+    ratio = {step: lines[step]["train/flow_abs"] for step in range(1, 6)}  # |d| / n
+    assert max(ratio[1], ratio[3], ratio[5]) < 1e-6 < 1e-3 < min(ratio[2], ratio[4])
+    # Evaluations at steps 2 and 4 are before the resets there.
+    assert lines[0]["eval/kl_to_reference"] == 0.0
+    assert lines[2]["eval/kl_to_reference"] > 0.0 < lines[4]["eval/kl_to_reference"]
+
+
+def test_a_run_on_a_plateau_is_reset_and_resumes(tmp_path):
+    """No policy of the tiny config answers in more than ten tokens, so its best comes soon."""
+    config = tiny_run(
+        "prorl", steps=6, model__start_from=warmup(), reference__on_plateau=2,
+        reference__metric="eval/mean_length", optimizer__learning_rate=0.0,
+        **(SAVED | {"eval__every": 1}),
+    )  # fmt: skip
+    lines = assert_resumes(config, tmp_path, 2, 4)
+    # The first evaluation is the best; equal ones are none the better.
+    assert [line["reference/resets"] for line in lines[1:]] == [0, 0, 1, 1, 2, 2]
