@@ -164,4 +164,18 @@ def get_config() -> ml_collections.ConfigDict:
         "wandb_project": None,  # Weights & Biases, with the extra flowrl_jax[wandb]
         "wandb_name": None,  # of the run there
     }
+    config.alarm = {
+        "enabled": True,  # one line for what looks like a collapse; 0 leaves one below out
+        "stop": False,  # a new alarm saves a checkpoint and ends the run with exit code 3
+        "window": 10,  # rollout steps that means are over
+        "entropy": 0.2,  # least, as a share of what the run began with
+        "length": 0.25,  # least mean length, as a share of what the run began with
+        "groups": 0.05,  # least share of groups with signal
+        "truncated": 0.5,  # greatest share of truncated responses
+        "kl": 0.5,  # greatest KL to the reference, nats per token
+        "ess": 0.1,  # least effective share of importance weights
+        "diversity": 0.8,  # least distinct correct solutions, of the most so far, at more accuracy
+        "reward": True,  # a mean reward that stands still for a window
+        "skipped": 1,  # optimiser steps skipped within a window
+    }
     return config

@@ -100,8 +100,8 @@ def certify(config: CertifyConfig) -> dict[str, Any]:
 
     Returns:
         The settings; `target`, its name; and, of the worst prompt each, `total_variation` and `kl`
-        (policy to target, nats; None: infinite), `log_z_gap` (log Z minus the mean of the policy's estimates of
-        it, which for "gibbs" is that KL), `log_z_error` (of the log Z that was learned; None where
+        (policy to target, nats; None: infinite), `log_z_gap` (log Z minus the mean of the policy's
+        estimates of it, which for "gibbs" is that KL), `log_z_error` (of the log Z that was learned; None where
         none was), `modes` and `modes_kept`, `effective` and `effective_target` (the exponential of
         the entropy), and `accuracy`, the probability of a reward above 0.
     """

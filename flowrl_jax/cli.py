@@ -1,7 +1,7 @@
 """Command lines: a config file with overrides, one line per mistake, and exit codes.
 
-0 done; 2 wrong input, one line on stderr; 75 preempted after a saved checkpoint (start again with
---resume); anything else is a fault.
+0 done; 2 wrong input, one line on stderr; 3 stopped by the alarm after a saved checkpoint; 75
+preempted after a saved checkpoint (start again with --resume); anything else is a fault.
 """
 
 import ast
@@ -24,6 +24,7 @@ from flowrl_jax.errors import InputError
 from flowrl_jax.tasks.base import nearest
 
 WRONG_INPUT = 2
+ALARMED = 3
 PREEMPTED = 75
 
 _HELP = """{description}
@@ -36,6 +37,10 @@ _HELP = """{description}
 {flags}"""
 _OVERRIDE = re.compile(r"--?config\.([^=]*)(?:=(.*))?", re.DOTALL)
 _TRUE, _FALSE = ("true", "t", "yes", "1"), ("false", "f", "no", "0")
+
+
+class Alarmed(Exception):
+    """The alarm has stopped the run, as its settings say; a checkpoint has been saved."""
 
 
 class Preempted(Exception):
@@ -98,6 +103,9 @@ def _run(
     except InputError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return WRONG_INPUT
+    except Alarmed as error:
+        print(f"stopped: {_one_line(error)}", file=sys.stderr)
+        return ALARMED
     except Preempted as error:
         print(f"preempted: {error}", file=sys.stderr)
         return PREEMPTED

@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import ml_collections
 
+from flowrl_jax.alarm import AlarmConfig
 from flowrl_jax.checkpoint import CheckpointConfig
 from flowrl_jax.datasets.pipeline import DataConfig
 from flowrl_jax.errors import InputError, require
@@ -193,7 +194,7 @@ class Config:
         steps: rollout steps.
         loss: config of the objective that `loss.objective` names.
         model, tokenizer, task, data, rollout, replay, reference, optimizer, train, sft, eval, mesh,
-            checkpoint, metrics: see the class of each.
+            checkpoint, metrics, alarm: see the class of each.
     """
 
     seed: int
@@ -213,6 +214,7 @@ class Config:
     mesh: MeshConfig
     checkpoint: CheckpointConfig
     metrics: MetricsConfig
+    alarm: AlarmConfig
 
     def __post_init__(self):
         require(0 <= self.seed < 2**31, f"seed={self.seed}: give an integer from 0 to 2**31 - 1")

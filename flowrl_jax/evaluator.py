@@ -10,7 +10,7 @@ import numpy as np
 from flowrl_jax.assembly import EVAL_STREAM, Parts, scoring_learner
 from flowrl_jax.datasets.pipeline import PromptSource
 from flowrl_jax.distributed import row_share
-from flowrl_jax.evaluation import prompt_values
+from flowrl_jax.evaluation import bootstrap, prompt_values
 from flowrl_jax.graded import samples_from_records
 from flowrl_jax.grading import Grading
 from flowrl_jax.progress import Progress
@@ -91,10 +91,24 @@ class Evaluator:
         return records
 
     def metrics(self, policy: Any, reference: Any = None) -> dict[str, float]:
-        """Means of the statistics under `eval/`."""
+        """Means of the statistics under `eval/`, with 95 % intervals over prompts.
+
+        Args:
+            policy: parameters.
+            reference: parameters to measure KL against; without them there is no such metric.
+
+        Returns:
+            `eval/NAME`, `eval/NAME_low` and `eval/NAME_high` of `prompt_values`.
+        """
         samples = samples_from_records(self.records(policy, reference))
         values = prompt_values(samples, k=self._config.k)
-        return {f"eval/{name}": float(np.mean(value)) for name, value in values.items()}
+        if reference is None:
+            del values["kl_to_reference"]
+        found = {}
+        for name, interval in bootstrap(values).items():
+            ends = {"": interval["mean"], "_low": interval["low"], "_high": interval["high"]}
+            found |= {f"eval/{name}{end}": value for end, value in ends.items()}
+        return found
 
     @property
     def num_prompts(self) -> int:

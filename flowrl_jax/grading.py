@@ -8,10 +8,51 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from flowrl_jax.assembly import Parts
+from flowrl_jax.distributed import RowShare
 from flowrl_jax.errors import InputError
 from flowrl_jax.rollouts import response_text
 from flowrl_jax.sampler import Response
 from flowrl_jax.tasks import Row, Verdict
+
+
+def response_metrics(
+    share: RowShare, correct: np.ndarray | None, lengths: np.ndarray, group_size: int
+) -> dict[str, float]:
+    """What right and wrong responses look like, over all processes, who must all ask.
+
+    Args:
+        share: which rows this process holds.
+        correct: `[B]` bool of this process's responses, those to a prompt adjacent; None where
+            another process judges them.
+        lengths: `[B]` int, their tokens.
+        group_size: responses to a prompt.
+
+    Returns:
+        Mean tokens of correct responses and of all others, absent where there are none; the shares
+        of groups whose responses are all correct, and none of them.
+    """
+    if correct is None:
+        correct = np.zeros(lengths.shape, bool)
+    groups = correct.reshape(-1, group_size)
+    right, right_tokens, all_right, none_right, responses, tokens = share.total(
+        [
+            int(correct.sum()),
+            int(lengths[correct].sum()),
+            int(groups.all(axis=1).sum()),
+            int((~groups).all(axis=1).sum()),
+            correct.size,
+            int(lengths.sum()),
+        ]
+    )
+    found = {
+        "rollout/groups_all_correct": all_right * group_size / responses,
+        "rollout/groups_none_correct": none_right * group_size / responses,
+    }
+    if right:
+        found["rollout/length_correct"] = right_tokens / right
+    if right < responses:
+        found["rollout/length_wrong"] = (tokens - right_tokens) / (responses - right)
+    return found
 
 
 class Grading:
@@ -100,6 +141,11 @@ class Grading:
     def outcomes(self) -> dict[str, int]:
         """How many responses had each outcome."""
         return dict(Counter(future.result()[0].outcome for future in self._found.values()))
+
+    def correct(self) -> np.ndarray:
+        """Which responses are, `[rows x group_size]` bool, in their order."""
+        outcomes = [self._found[place].result()[0].outcome for place in range(self._count)]
+        return np.array([outcome == "correct" for outcome in outcomes], bool)
 
     @property
     def _count(self) -> int:

@@ -81,10 +81,12 @@ def _metrics(learner: Learner, rollout: Rollout, batch: TrainBatch, reward: jax.
         # The mean surprise of what was sampled: an unbiased estimate of the policy's entropy.
         "rollout/entropy": -masked_mean(rollout.sampler_logprobs, mask),
         "rollout/groups_with_signal": jnp.mean(varied.astype(jnp.float32)),
-        "rollout/kl_to_reference": jnp.mean(
-            masked_sum(batch.old_logprobs - batch.ref_logprobs, mask, axis=1)
-        ),
     }
+    # Without a reference the old policy stands in for it, and 0 would be no measurement.
+    if objective_of(learner.objective).needs_reference(learner.objective):
+        difference = batch.old_logprobs - batch.ref_logprobs
+        metrics["rollout/kl_to_reference"] = jnp.mean(masked_sum(difference, mask, axis=1))
+        metrics["rollout/kl_to_reference_token"] = masked_mean(difference, mask)
     if batch.returns is not None and batch.old_values is not None:
         metrics |= _value_metrics(batch.returns, batch.old_values, mask)
     balance = balance_of(learner.objective)

@@ -17,8 +17,9 @@ from flowrl_jax.buckets import padding_saved
 from flowrl_jax.datasets.pipeline import PromptSource
 from flowrl_jax.distributed import RowShare
 from flowrl_jax.evaluator import Evaluator
-from flowrl_jax.grading import Grading
+from flowrl_jax.grading import Grading, response_metrics
 from flowrl_jax.learner import Learner
+from flowrl_jax.log_z_points import LOG_Z_ROWS
 from flowrl_jax.models.lora import with_adapters
 from flowrl_jax.objectives import objective_of
 from flowrl_jax.reference import Resets
@@ -171,9 +172,9 @@ class Loop:
         batch = config.prompts_per_batch // len(self.share.leaders)
         grading = Grading(self.parts, rows, config.group_size) if self.share.leads else None
         rollout = sample(self.parts, policy, arrays, key, self.sampler, batch, grading)
-        tokens = int(local_rows(rollout.response_mask).sum())
+        lengths = local_rows(rollout.response_mask).sum(axis=1)
         seconds = time.perf_counter() - began
-        return rollout, Draw(rows, grading, truncated, tokens, seconds)
+        return rollout, Draw(rows, grading, truncated, lengths, seconds)
 
     def _groups(self, draw: "Draw") -> Groups:
         """What was drawn, judged; every process must ask at the same point."""
@@ -232,10 +233,12 @@ class Loop:
             judging.update(grading.metrics())
             counts.update(grading.outcomes())
         rewards = [grading.rewards() for grading in graded]
+        lengths = np.concatenate([draw.lengths for draw in draws])
+        correct = np.concatenate([grading.correct() for grading in graded]) if graded else None
         truncated, tokens, reward, number = self.share.total(
             [
                 sum(draw.truncated for draw in draws),
-                sum(draw.tokens for draw in draws),
+                int(lengths.sum()),
                 float(sum(np.sum(x, dtype=np.float64) for x in rewards)),
                 sum(x.size for x in rewards),
             ]
@@ -249,6 +252,7 @@ class Loop:
             "time/rollout": seconds,
             "time/tokens_per_second": tokens / max(seconds, 1e-9),
             **judging,
+            **response_metrics(self.share, correct, lengths, self.parts.config.rollout.group_size),
             **{f"outcome/{name}": count / number for name, count in outcomes.items()},
             **self._resampled(collected),
             **({"reference/resets": self.resets.count} if self.resets else {}),
@@ -328,14 +332,14 @@ class Draw:
         rows: this process's, of the data set.
         grading: of the responses; None in a process that leaves it to another.
         truncated: prompts that were.
-        tokens: of this process's responses.
+        lengths: `[rows x group size]` int, tokens of each of this process's responses.
         seconds: of sampling.
     """
 
     rows: Sequence[Row]
     grading: Grading | None
     truncated: int
-    tokens: int
+    lengths: np.ndarray
     seconds: float
 
 
@@ -404,7 +408,10 @@ def _merge(metrics: dict, step_metrics: dict, update: int) -> dict:
     merged = metrics | {f"train/{name}": value for name, value in step_metrics.items()}
     if "log_z" in step_metrics:
         merged["log_z/mean"] = merged.pop("train/log_z")
+        merged["log_z/gap"] = merged.pop("train/log_z_gap")
         merged.pop("train/log_z_target")
+    if "log_z_rows" in step_metrics:
+        merged[LOG_Z_ROWS] = merged.pop("train/log_z_rows")
     if update > 0:
         # At the first update the policy is the one that sampled: this is pure rounding.
         name = "train/old_logprob_diff_max"

@@ -109,7 +109,7 @@ def complete_lines(path: Path) -> Iterator[tuple[bytes, Record]]:
         )
 
 
-def _truncate(path: Path, last_step: int) -> None:
+def truncate_lines(path: Path, last_step: int) -> None:
     """Keeps the lines of steps up to `last_step`; a kill leaves the old file or the new one."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
@@ -127,7 +127,7 @@ class JsonlSink:
     def __init__(self, path: Path, resume_step: int | None) -> None:
         if path.exists():
             if resume_step is not None:
-                _truncate(path, resume_step)
+                truncate_lines(path, resume_step)
             elif path.stat().st_size > 0:
                 raise InputError(
                     f"{path} already holds the metrics of a run; continue it with --resume or name"
@@ -215,7 +215,11 @@ class TableSink:
                 self._print("    step " + " ".join(heads))
             self._rows += 1
             self._print(f"{step:8d} " + " ".join(row))
-        evaluated = {k: v for k, v in sorted(metrics.items()) if k.startswith("eval/")}
+        evaluated = {
+            k: v
+            for k, v in sorted(metrics.items())
+            if k.startswith("eval/") and not k.endswith(("_low", "_high"))
+        }
         if evaluated:
             figures = "  ".join(f"{k.removeprefix('eval/')} {v:.4g}" for k, v in evaluated.items())
             self._print(f"{step:8d} evaluation  {figures}")

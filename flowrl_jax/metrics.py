@@ -18,7 +18,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from flowrl_jax.alarm import Alarm
 from flowrl_jax.errors import InputError
+from flowrl_jax.log_z_points import LOG_Z_ROWS, LogZPoints
 from flowrl_jax.metric_sinks import (
     FILE_NAME,
     JsonlSink,
@@ -57,6 +59,7 @@ class MetricWriter:
         config: MetricsConfig | None = None,
         print_line: Callable[[str], None] = print,
         settings: Mapping[str, Any] | None = None,
+        alarm: Alarm | None = None,
     ) -> None:
         """Opens the sinks.
 
@@ -68,6 +71,8 @@ class MetricWriter:
           config: which sinks, the defaults of `MetricsConfig` if None.
           print_line: prints a line of the table, e.g. `Progress.print` so as not to break the bar.
           settings: the run's configuration, shown by Weights & Biases.
+          alarm: sees each step before it is written, and adds to it; the steps before `resume_step`
+            first of all, from the file.
 
         Raises:
           InputError: workdir is remote, it already holds metrics and `resume_step` is None, its
@@ -78,6 +83,7 @@ class MetricWriter:
         self._sinks: list[Sink] = []
         self._pending: tuple[int, Record, dict[str, jax.Array]] | None = None
         self._last_step = -1 if resume_step is None else resume_step
+        self._alarm = alarm
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
@@ -91,12 +97,21 @@ class MetricWriter:
         if config.wandb_project is not None:
             require_wandb(config)  # before a resumed file is cut
         self._sinks.append(JsonlSink(folder / FILE_NAME, resume_step))
+        self._points = LogZPoints(folder, resume_step)
+        if alarm:
+            for record in read_metrics(folder):
+                alarm.see(record.pop("step"), record, quiet=True)
         if config.tensorboard:
             self._sinks.append(TensorBoardSink(folder / "tensorboard", resume_step))
         if config.wandb_project is not None:
             self._sinks.append(WandbSink(folder, config, settings or {}))
         if config.table:
             self._sinks.append(TableSink(print_line))
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why the alarm wants the run stopped, if it does; known to the process that writes."""
+        return self._alarm.reason if self._alarm else None
 
     def write(
         self,
@@ -113,7 +128,7 @@ class MetricWriter:
           step: at least the step of the last call and above the step resumed from.
           host_metrics: name to number.
           device_metrics: name to scalar array, any real dtype; must not be donated before the next
-            call.
+            call. The one called `LOG_Z_ROWS` has rows, which go to `LogZPoints`.
 
         Raises:
           ValueError: the step is already written, or a name is reserved, repeated or not a scalar.
@@ -144,6 +159,8 @@ class MetricWriter:
             self._emit(*previous)
         for sink in self._sinks:
             sink.flush()
+        if self._writes:
+            self._points.flush()
 
     def close(self) -> None:
         """Flushes and closes every sink; the writer is of no use afterwards."""
@@ -172,7 +189,11 @@ class MetricWriter:
 
     def _emit(self, step: int, host: Mapping[str, Number], device: dict[str, jax.Array]) -> None:
         fetched = jax.device_get(device)
+        if (rows := fetched.pop(LOG_Z_ROWS, None)) is not None:
+            self._points.write(step, rows)
         metrics = {name: _number(value) for name, value in {**host, **fetched}.items()}
+        if self._alarm:
+            metrics |= self._alarm.see(step, metrics)
         for sink in self._sinks:
             sink.write(step, metrics)
 
@@ -250,7 +271,7 @@ def _check_names(step: int, host: Mapping[str, Any], device: Mapping[str, Any]) 
         raise ValueError(f"step {step} has metrics {sorted(repeated)} on host and device")
     for name, array in device.items():
         # The shape is known without waiting for the value.
-        if array.shape != ():
+        if array.shape != () and name != LOG_Z_ROWS:
             raise ValueError(f"metric {name!r} of step {step} has shape {array.shape}; reduce it")
 
 

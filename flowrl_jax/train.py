@@ -11,12 +11,13 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from absl import flags
 
 from flowrl_jax import cli
+from flowrl_jax.alarm import Alarm
 from flowrl_jax.assembly import (
     CHECKPOINTS,
     DROPOUT_STREAM,
@@ -118,6 +119,7 @@ def train(config: Config, workdir: str | Path, *, resume: bool = False) -> dict[
     Raises:
         InputError: for whatever of the config, data or folder is wrong, before compiling.
         cli.Preempted: after SIGTERM, once a checkpoint is complete.
+        cli.Alarmed: after an alarm, where `alarm.stop` is set, once a checkpoint is complete.
     """
     workdir, started = Path(workdir), time.perf_counter()
     claim_workdir(workdir, resume=resume)
@@ -138,6 +140,7 @@ def train(config: Config, workdir: str | Path, *, resume: bool = False) -> dict[
                 config=config.metrics,
                 print_line=progress.print,
                 settings=dataclasses.asdict(config),
+                alarm=Alarm(config.alarm, progress.print),
             ) as writer,
         ):
             _run_steps(
@@ -290,7 +293,7 @@ def _run_steps(
                 ahead = loop.scored_anew(ahead) if ahead else None
                 progress.print(f"step {step}: the policy is its own reference now, {reason}")
         # Clusters warn all hosts at about, not exactly, the same time; they stop at one step.
-        stopping = any_process(terminated.is_set())
+        stopping = any_process(terminated.is_set() or writer.stop_reason is not None)
         last = step == config.steps or stopping
         if last or checkpointer.should_save(step):
             # A step that a checkpoint holds must have its line of metrics, or a kill between the
@@ -300,7 +303,14 @@ def _run_steps(
         if stopping and step < config.steps:
             if ahead:
                 ahead.close()
-            raise cli.Preempted(f"saved step {step}; start again with --resume")
+            _part(step, from_first(writer.stop_reason))
+
+
+def _part(step: int, reason: str | None) -> NoReturn:
+    """Leaves a run that is not done; `reason` is the alarm's, if it is the alarm that ends it."""
+    if reason:
+        raise cli.Alarmed(f"{reason} (saved step {step}; --resume goes on all the same)")
+    raise cli.Preempted(f"saved step {step}; start again with --resume")
 
 
 class _termination:

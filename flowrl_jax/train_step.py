@@ -18,6 +18,7 @@ from flowrl_jax.models.lora import init_lora, with_adapters
 from flowrl_jax.models.transformer import init_params
 from flowrl_jax.models.value import init_value, response_values
 from flowrl_jax.objectives import balance_of, objective_of
+from flowrl_jax.objectives.diagnostics import LogZRows, merge, update_diagnostics
 from flowrl_jax.objectives.flowrl import log_z_estimate, log_z_target, prior_logprobs
 from flowrl_jax.objectives.log_z import GROUP_KINDS, update_table
 from flowrl_jax.types import TrainBatch, TrainState
@@ -92,7 +93,7 @@ def _loss_sums(params, batch: TrainBatch, key, learner: Learner, base: Any, grad
         values = response_values(learner.value, params["value"], hidden, mask)
         arrays |= {"values": values, "old_values": batch.old_values, "returns": batch.returns}
         log_z = values[:, 0]
-    loss, weight, metrics = objective_of(learner.objective).terms(
+    loss, weight, told = objective_of(learner.objective).terms(
         learner.objective,
         log_z=log_z,
         old_logprobs=batch.old_logprobs,
@@ -100,10 +101,21 @@ def _loss_sums(params, batch: TrainBatch, key, learner: Learner, base: Any, grad
         **arrays,
     )
     difference = jnp.abs(jnp.where(mask, logprobs - batch.old_logprobs, 0.0))
-    metrics["old_logprob_diff_max"] = jnp.max(difference)
+    metrics: dict[str, Any] = {**told, "old_logprob_diff_max": jnp.max(difference)}
+    metrics |= update_diagnostics(
+        learner.objective,
+        metrics,
+        logprobs=logprobs,
+        old_logprobs=batch.old_logprobs,
+        mask=mask,
+    )
     if target is not None:
         metrics["log_z"] = jnp.mean(log_z)
         metrics["log_z_target"] = jnp.mean(target)
+        metrics["log_z_gap"] = jnp.mean(target - log_z)
+        if learner.log_z is not None and learner.log_z.kind in ("head", "table"):
+            prompt_id: Any = batch.prompt_id  # `with_ids` has seen to it
+            metrics["log_z_rows"] = LogZRows(prompt_id, target, log_z)
     metrics = jax.lax.stop_gradient(metrics)
     return jnp.sum(loss), (jnp.sum(weight), (metrics, batch.prompt_id, estimate))
 
@@ -176,13 +188,14 @@ def finish_step(
         seen: what `add_rows` saw, with a leading axis of micro-batches.
 
     Returns:
-        The new state, and scalar metrics.
+        The new state, and metrics: scalars, and `[B, 3]` float32 "log_z_rows" (see `LogZRows`)
+        where log Z is learned.
     """
     loss, weight, grads = sums
     metrics, prompt_id, estimate = seen
     weight = jnp.maximum(weight, 1.0)
     grads = jax.tree.map(lambda grad: grad / weight, grads)
-    metrics = {k: x.max() if k.endswith("_max") else x.mean() for k, x in metrics.items()}
+    metrics = merge(metrics)
     metrics["loss"] = loss / weight
     updates, opt_state = learner.optimizer.update(grads, state.opt_state, state.params)
     params: Any = optax.apply_updates(state.params, updates)
@@ -245,7 +258,7 @@ def train_step(
         learner: what is fixed.
 
     Returns:
-        The new state, and scalar metrics.
+        The new state, and metrics, as `finish_step`.
     """
     key = jax.random.fold_in(key, state.step)
     micro_batches = _split_rows(with_ids(learner, batch), learner)

@@ -7,6 +7,7 @@
 # The command's exit code decides (docs/configuration.md):
 #     0      done: stops with 0
 #     2      wrong input, which another try would not mend: stops with 2
+#     3      the run's alarm stopped it, a checkpoint is saved: stops with 3
 #     75     preempted, a checkpoint is saved: starts again with --resume
 #     other  a crash: starts again with --resume, unless too many in a row came quickly
 #
@@ -22,7 +23,7 @@
 #     FLOWRL_JOIN_SECONDS    300  whole seconds that the processes of a run wait for each other
 set -uo pipefail
 
-readonly WRONG_INPUT=2 PREEMPTED=75
+readonly WRONG_INPUT=2 ALARMED=3 PREEMPTED=75
 readonly GRACE=${FLOWRL_GRACE_SECONDS:-90}
 readonly QUICK=${FLOWRL_QUICK_SECONDS:-300}
 # A process that is missing is started again, or its host is being installed: worth waiting for.
@@ -86,6 +87,10 @@ stop_if_over() {
         "$WRONG_INPUT")
             say "wrong input: mend the command; what is wrong stands above"
             exit "$WRONG_INPUT"
+            ;;
+        "$ALARMED")
+            say "the run's alarm stopped it: what it saw stands above, and --resume goes on all the same"
+            exit "$ALARMED"
             ;;
     esac
     [[ -n $stopping ]] || return

@@ -23,7 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "models sharding logprobs new_folder",
         "sampler learner train_step buckets optimizer learning_batch",
         "datasets tasks rewards sandbox tokenizers checkpoint integrity evaluation graded metrics"
-        " metric_sinks progress reference replay report retention resampling",
+        " metric_sinks progress reference replay report retention resampling alarm log_z_points",
         "config sampling_config cli assembly distributed rollouts grading settings planning"
         " evaluator loop benchmarking",
         "train evaluate sample sft convert plan certify quickstart judge",

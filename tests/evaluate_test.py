@@ -108,7 +108,13 @@ def test_training_reports_what_the_command_reports(tmp_path):
         if name.startswith("eval/")
     }
     summary = evaluate(config, tmp_path / "run")
-    assert recorded == {name: pytest.approx(value["mean"]) for name, value in summary.items()}
+    ends = {"": "mean", "_low": "low", "_high": "high"}
+    assert recorded == {
+        f"{name}{end}": pytest.approx(value[field])
+        for name, value in summary.items()
+        for end, field in ends.items()
+    }
+    assert recorded["mean_length_low"] < recorded["mean_length"] < recorded["mean_length_high"]
     assert recorded["kl_to_reference"] != 0.0
 
 

@@ -116,6 +116,14 @@ def importance_weight(log_ratio: jax.Array, config: FlowRLConfig) -> jax.Array:
     return jnp.exp(_bounded(jax.lax.stop_gradient(log_ratio), config))
 
 
+def sampled_log_ratio(
+    logprobs: jax.Array, old_logprobs: jax.Array, mask: jax.Array, config: FlowRLConfig
+) -> jax.Array:
+    """What `importance_weight` takes, `[B]`, from log-probabilities and mask `[B, T]`."""
+    log_ratio = masked_sum(logprobs - old_logprobs, mask, axis=1)
+    return log_ratio / _lengths(mask) if config.weight == "geometric" else log_ratio
+
+
 def _bounded(log_ratio: jax.Array, config: FlowRLConfig) -> jax.Array:
     """The logarithm of the importance weight."""
     if config.weight == "unit":
@@ -231,8 +239,7 @@ def flowrl_loss(
     flow = log_z + reference_log_ratio(logprobs, prior, mask, config)
     scaled_reward = config.beta * reward
     residual = flow - scaled_reward
-    log_ratio = masked_sum(logprobs - old_logprobs, mask, axis=1)
-    log_ratio = log_ratio / _lengths(mask) if config.weight == "geometric" else log_ratio
+    log_ratio = sampled_log_ratio(logprobs, old_logprobs, mask, config)
     weight = importance_weight(log_ratio, config)
 
     metrics = {

@@ -123,10 +123,12 @@ class Run:
       curves: from `Series.name`; those the run did not log are absent.
       log_z_points: per prompt (Monte-Carlo estimate of log Z, low and high of its 95 % interval,
         learned log Z), may be empty.
+      alarms: (condition, first step, last step) of each stretch over which one was on.
     """
 
     curves: Mapping[str, Curve]
     log_z_points: Sequence[tuple[float, float, float, float]] = ()
+    alarms: Sequence[tuple[str, int, int]] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,6 +281,7 @@ def from_dict(values: Mapping[str, Any]) -> ReportData:
             name: Run(
                 curves={key: Curve(**curve) for key, curve in run["curves"].items()},
                 log_z_points=[tuple(point) for point in run.get("log_z_points", ())],
+                alarms=[tuple(stretch) for stretch in run.get("alarms", ())],
             )
             for name, run in values.pop("runs", {}).items()
         }

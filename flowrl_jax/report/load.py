@@ -15,6 +15,7 @@ from flowrl_jax.errors import InputError, require
 from flowrl_jax.evaluation import bootstrap, summarize
 from flowrl_jax.evaluation.results import graded_values
 from flowrl_jax.graded import read_records, samples_from_records
+from flowrl_jax.log_z_points import read_points
 from flowrl_jax.metrics import read_metrics
 from flowrl_jax.report.data import (
     HELD_OUT,
@@ -65,8 +66,8 @@ def load(paths: Sequence[str | Path], *, problems: int = PROBLEMS) -> ReportData
     names = _names(runs)
     order = [name for name in fields.get("results", {}) if name in names]
     names = {name: names[name] for name in dict.fromkeys([*order, *names])}
-    curves = {
-        name: _read_curves(folder)
+    read = {
+        name: _read_run(folder)
         for name, folder in names.items()
         if (folder / METRICS_FILE).is_file()
     }
@@ -82,9 +83,10 @@ def load(paths: Sequence[str | Path], *, problems: int = PROBLEMS) -> ReportData
                 graded = samples_from_records(light[policy])
                 results[policy] = summarize(graded, k=min(_K, graded.num_samples))
     # A supervised warm-up among the runs logs none of these metrics; nothing at all is an error.
-    require(any(curves.values()) or bool(sources), _no_curves(paths[0]))
+    shown = {name: run for name, run in read.items() if run.curves}
+    require(bool(shown) or bool(sources), _no_curves(paths[0]))
     return ReportData(
-        runs={name: Run(curves=found) for name, found in curves.items() if found},
+        runs=shown,
         results=results,
         evaluations=evaluations,
         samples=samples,
@@ -99,15 +101,15 @@ def load_run(path: str | Path) -> Run:
       path: the run's folder, or its metrics.jsonl.
 
     Returns:
-      The curves of `SERIES` that the run logged.
+      The curves of `SERIES` that the run logged, its alarms and its points of log Z.
 
     Raises:
       InputError: there is no metrics file, it is damaged, or it holds none of the metrics of
         `SERIES`.
     """
-    curves = _read_curves(Path(path))
-    require(bool(curves), _no_curves(path))
-    return Run(curves=curves)
+    run = _read_run(Path(path))
+    require(bool(run.curves), _no_curves(path))
+    return run
 
 
 def _no_curves(path: str | Path) -> str:
@@ -117,8 +119,28 @@ def _no_curves(path: str | Path) -> str:
     )
 
 
-def _read_curves(path: Path) -> dict[str, Curve]:
+def _read_run(path: Path) -> Run:
     records = read_metrics(path)
+    folder = path if path.is_dir() else path.parent
+    return Run(curves=_curves(records), log_z_points=read_points(folder), alarms=_alarms(records))
+
+
+def _alarms(records: Sequence[Record]) -> list[tuple[str, int, int]]:
+    """Each stretch of steps over which an alarm was on, by its first step."""
+    found: list[tuple[str, int, int]] = []
+    for key in sorted({key for record in records for key in record if key.startswith("alarm/")}):
+        name, first, last = key.removeprefix("alarm/"), None, 0
+        for record in [*(record for record in records if key in record), {key: 0, "step": 0}]:
+            if record[key]:
+                first = record["step"] if first is None else first
+                last = record["step"]
+            elif first is not None:
+                found.append((name, first, last))
+                first = None
+    return sorted(found, key=lambda stretch: stretch[1])
+
+
+def _curves(records: Sequence[Record]) -> dict[str, Curve]:
     known = {key for record in records for key in record}
     curves = {}
     for series in SERIES:

@@ -201,8 +201,25 @@ def _learning(data: ReportData) -> str:
         '<p class="note">Marks are evaluations on held-out problems, with a band where the run'
         " logged intervals. Lines without marks are"
         " training steps: every value faint, their moving average strong.</p>"
-        f'{legend(data, list(data.runs))}<div class="grid">{panels}</div></section>'
+        f'{legend(data, list(data.runs))}{_alarms(data)}<div class="grid">{panels}</div></section>'
     )
+
+
+def _alarms(data: ReportData) -> str:
+    """What each run's alarm called, one line a run."""
+    palette = colors(data)
+    lines = []
+    for policy, run in data.runs.items():
+        calls = [
+            f"{name} at step {first}" if first == last else f"{name} from step {first} to {last}"
+            for name, first, last in run.alarms
+        ]
+        if calls:
+            lines.append(
+                f'<p class="note alarm">{dot(palette[policy])}Alarms of'
+                f" {text(data.label(policy))}: {text(', '.join(calls))}</p>"
+            )
+    return "".join(lines)
 
 
 def _log_z_figures(label: str, color: str, run: Run) -> list[str]:
