@@ -1,6 +1,7 @@
 """Points of log Z: what a line says of each prompt, and a file that survives a resumption."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def test_prompts_that_say_nothing_have_no_point():
 def write(folder, first: int, last: int, resume: int | None = None) -> None:
     with MetricWriter(folder, config=QUIET, resume_step=resume) as writer:
         for step in range(first, last + 1):
-            found = rows((step, [0.0, 2.0], 0.5))
+            found: Any = rows((step, [0.0, 2.0], 0.5))
             writer.write(step, {"rollout/reward_mean": 0.0}, {LOG_Z_ROWS: found})
 
 
