@@ -86,7 +86,15 @@ _SHORT = (
     (re.compile(r"(?<![\d.])\.(?=\d)"), "0."),
     (re.compile(r"(?<=[\d)}])\*(?=[a-z\\(])"), ""),
 )
-_MIXED = re.compile(r"^(-?\d+)\s+(\d+)/(\d+)$")
+_MIXED = re.compile(r"(?<![\d./^_])(?<!\d\s)(-?\d+)\s+(\d+)/(\d+)(?![\d.])")
+# Digits with a space between them are one number if they are its groups of three, or decimals in
+# groups; `\frac 1 2` has two arguments, and `\log_2 8` a subscript.
+_GAP = re.compile(r"(?<=\d)(?<![_^]\d)\s+(?=\.?\d)")
+_SPACED = re.compile(
+    r"(?<![\d.])\d{1,3}(?:\s+\d{3})+(?!\d|\s+\.?\d)"
+    r"|\.\d{3,}(?:\s+\d{2,})+(?!\d|\s+\.?\d)"
+    r"|\\(?:frac|[dt]?binom)\s*\d\s+(?=\d)"
+)
 _GROUPED = re.compile(r"(?<![\d,.(\[{])(\d{1,3}(?:,\d{3})+)(?![\d,])")
 _NAMED = re.compile(
     r"^((?:\\[a-zA-Z]+|[A-Za-z])(?:_(?:\w|\{[^{}]{1,8}\}))?(?:\([a-z](?:,[a-z])*\))?)(?:=|\\in)(?=[^=])"
@@ -114,17 +122,27 @@ def normal_form(answer: str, *, grouped: bool = True) -> str:
     for pattern, replacement in _REWRITTEN:
         text = pattern.sub(replacement, text)
     text = text.strip().rstrip(".,;:").strip()
-    text = _MIXED.sub(r"\1\\frac{\2}{\3}", text)
+    text = _MIXED.sub(_mixed, text)
     unit = _UNIT.search(text, max(0, len(text) - 80))
     if unit and _is_unit(unit["text"] or unit["words"], wrapped=unit["text"] is not None):
         text = text[: unit.start()]
     text = _WRAPPED.sub(r"\1", text)
     if grouped:
         text = _GROUPED.sub(lambda found: found[1].replace(",", ""), text)
+    if _GAP.search(text):
+        text = _GAP.sub("\0", _SPACED.sub(lambda found: _SPACE.sub("", found[0]), text))
     text = _SPACE.sub("", _NEEDED.sub("\\1\0", text)).replace("\0", " ")
     for pattern, replacement in _SHORT:
         text = pattern.sub(replacement, text)
     return text
+
+
+def _mixed(found: re.Match[str]) -> str:
+    """A mixed number; within more text only where its fraction is one below 1."""
+    whole, top, bottom = found.groups()
+    if int(top) >= int(bottom) and found[0] != found.string:
+        return found[0]
+    return f"{whole}\\frac{{{top}}}{{{bottom}}}"
 
 
 def _is_unit(words: str, *, wrapped: bool) -> bool:
@@ -165,6 +183,8 @@ def plain_leaf(gold: str, found: str) -> bool | None:
         return bool(gold)
     if not gold or not found:
         return False
+    if _GAP.search(gold) or _GAP.search(found):
+        return False  # several numbers without a sign between them: `2 5` is not 25
     left, right = read_number(gold), read_number(found)
     if left is not None and right is not None:
         return left.equals(right)
