@@ -197,6 +197,7 @@ def test_config_is_needed(capsys, monkeypatch):
     ("error", "code", "line"),
     [
         (InputError("steps=0:\n too few"), 2, "error: steps=0: too few\n"),
+        (cli.Alarmed("alarm at step 3: kl: far"), 3, "stopped: alarm at step 3: kl: far\n"),
         (cli.Preempted("saved step 3"), 75, "preempted: saved step 3\n"),
     ],
 )

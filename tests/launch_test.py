@@ -706,6 +706,7 @@ RESUMES = 'case "$*" in *--resume*) exit 0 ;; esac\n'
 ENDS = [
     ("exit 0", {}, 0, 1, "done"),
     ("exit 2", {}, 2, 1, "wrong input"),
+    ("exit 3", {}, 3, 1, "the run's alarm stopped it"),
     (RESUMES + "exit 75", {}, 0, 2, "exit code 75"),
     (RESUMES + "exit 1", {}, 0, 2, "exit code 1"),
     (RESUMES + "kill -KILL $$", {}, 0, 2, "exit code 137"),
