@@ -94,7 +94,7 @@ def test_extremes_are_finite():
     assert EffectiveShare.of(jnp.zeros(3), jnp.ones(3, bool)).value() == 0.0
     assert EffectiveShare.of(jnp.ones(3), jnp.zeros(3, bool)).value() == 0.0
     assert EffectiveShare.of(jnp.array([0.0, 0.0, 7.0]), jnp.ones(3, bool)).value() == 1 / 3
-    assert Quotient(0.0 * one, 0.0 * one).value() == 0.0
+    assert Quotient(0.0 * one, 0.0 * one).value() == jnp.inf
     assert Quotient(one, 0.0 * one).value() == jnp.inf
     # Nothing overflows: what lies beyond e^20 counts as that.
     far = {"logprobs": jnp.full((2, 3), 90.0), "old_logprobs": jnp.zeros((2, 3))}

@@ -31,10 +31,12 @@ class Quotient:
     bottom: jax.Array
 
     def value(self) -> jax.Array:
-        """The quotient; infinite where only the lower sum is 0, and 0 where both are."""
+        """The quotient; infinite where there is nothing to compare with, whatever the upper sum.
+
+        (Else rounding, which makes an upper sum of 0 a small number, would decide.)
+        """
         nothing = self.bottom == 0.0
-        quotient = self.top / jnp.where(nothing, 1.0, self.bottom)
-        return jnp.where(nothing, jnp.where(self.top == 0.0, 0.0, jnp.inf), quotient)
+        return jnp.where(nothing, jnp.inf, self.top / jnp.where(nothing, 1.0, self.bottom))
 
 
 @flax.struct.dataclass
