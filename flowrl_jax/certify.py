@@ -101,9 +101,9 @@ def certify(config: CertifyConfig) -> dict[str, Any]:
     Returns:
         The settings; `target`, its name; and, of the worst prompt each, `total_variation` and `kl`
         (policy to target, nats; None: infinite), `log_z_gap` (log Z minus the mean of the policy's
-        estimates of it, which for "gibbs" is that KL), `log_z_error` (of the log Z that was learned; None where
-        none was), `modes` and `modes_kept`, `effective` and `effective_target` (the exponential of
-        the entropy), and `accuracy`, the probability of a reward above 0.
+        estimates of it, which for "gibbs" is that KL), `log_z_error` (of the log Z that was
+        learned; None where none was), `modes` and `modes_kept`, `effective` and `effective_target`
+        (the exponential of the entropy), and `accuracy`, the probability of a reward above 0.
     """
     objective = _objective(config)
     problem, reference = make_problem(config)
@@ -228,14 +228,16 @@ def _compare(objective, problem, prior, found, target: Target, learned) -> dict[
     worst = int(np.argmin(kept.sum(axis=1) / modes.sum(axis=1)))
     solved = np.where(problem.correct, probability, 0.0).sum(axis=1)
     return {
-        "total_variation": float(total_variation(probability, wanted).max()),
+        "total_variation": float(
+            total_variation(jnp.asarray(probability), jnp.asarray(wanted)).max()
+        ),
         "kl": _finite(kl.max()),
         "log_z_gap": _finite(gap[np.argmax(kl)]),
         "log_z_error": float(np.abs(learned - log_z).max()) if head else None,
         "modes": int(modes[worst].sum()),
         "modes_kept": int(kept[worst].sum()),
-        "effective": float(perplexity(probability)[worst]),
-        "effective_target": float(perplexity(wanted)[worst]),
+        "effective": float(perplexity(jnp.asarray(probability))[worst]),
+        "effective_target": float(perplexity(jnp.asarray(wanted))[worst]),
         "accuracy": float(solved.min()),
     }
 

@@ -85,6 +85,7 @@ def _gibbs(reference: np.ndarray, scaled: np.ndarray, sizes: np.ndarray) -> Fixe
 
 def _tilted(reference: np.ndarray, scaled: np.ndarray, sizes: np.ndarray) -> FixedPoint:
     low, high = scaled.min(), scaled.max()
+    zeta = low
     for _ in range(60):
         zeta = 0.5 * (low + high)
         too_much = _log_sum(reference + sizes * (scaled - zeta)) > 0.0

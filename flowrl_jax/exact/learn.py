@@ -217,7 +217,7 @@ class Run:
 
     def _sample(self, problem: Problem, params: Any, key: jax.Array) -> Draw:
         choosing, drawing = jax.random.split(key)
-        order = jnp.argsort(jax.random.bits(choosing, problem.prompts))
+        order = jnp.argsort(jax.random.bits(choosing, (problem.prompts,)))
         chosen = order[: self.config.prompts].astype(jnp.int32)
         rows = jnp.repeat(chosen, self.config.group_size * self.config.groups)
         return draw(self.policy, params, problem, rows, drawing)
@@ -274,7 +274,7 @@ class Run:
             params, optimizer = state
             grads, estimate = jax.grad(self._loss, has_aux=True)(params, problem, *part)
             updates, optimizer = _OPTIMIZER.update(grads, optimizer, params)
-            new = optax.apply_updates(params, jax.tree.map(lambda x: -rate * x, updates))
+            new: Any = optax.apply_updates(params, jax.tree.map(lambda x: -rate * x, updates))
             log_z = getattr(objective, "log_z", None)
             if log_z is not None and log_z.kind == "table":
                 prompt = part[0].prompt

@@ -88,7 +88,7 @@ def graph_routes(
         seen.append(places[: language.places])
         kind.append(np.zeros(language.responses, np.int64))
         for response in np.flatnonzero(solved):
-            route = _without_round_trips(_nodes_on_the_way(language, node, response))
+            route = _without_round_trips(_nodes_on_the_way(language, node, int(response)))
             kind[-1][response] = numbers.setdefault(route, len(numbers))
 
     def features(_: int, rows: np.ndarray) -> np.ndarray:

@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from flowrl_jax.objectives.flowrl import FlowRLConfig
 from flowrl_jax.objectives.log_z import LogZConfig
 from flowrl_jax.objectives.policy_gradient import PolicyGradientConfig
 from flowrl_jax.objectives.presets import PRESETS
@@ -19,7 +18,7 @@ _BALANCE_BETAS = (3.0, 6.0, 15.0)
 _FLOWRL_BETAS = (0.5, 1.0, 15.0)
 _RAW_BETAS = (1.0, 2.0, 6.0)
 RESET_EVERY = 100
-OURS = dataclasses.replace(PRESETS["tb_vargrad"], weight="max", weight_max=10.0)
+OURS: Any = dataclasses.replace(PRESETS["tb_vargrad"], weight="max", weight_max=10.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +51,7 @@ def _flow(label: str, objective: Any, betas: tuple[float, ...], family: str = "f
     return Arm(label, family, _sweep(objective, "beta", betas))
 
 
-def _vary(**changes: Any) -> FlowRLConfig:
+def _vary(**changes: Any) -> Any:
     return dataclasses.replace(OURS, **changes)
 
 

@@ -123,7 +123,7 @@ def run_trial(trial: Trial, workdir: str) -> str:
     shape = (len(trial.rates), len(trial.seeds))
     arrays = {k: np.asarray(v).reshape(*shape, *v.shape[1:]) for k, v in found.items()}
     part = file.with_suffix(".part.npz")
-    np.savez_compressed(part, **arrays)
+    np.savez_compressed(part, allow_pickle=False, **arrays)
     part.replace(file)
     return str(file)
 
@@ -136,7 +136,7 @@ def _program(objective: Any, config: LearnConfig) -> Any:
 
 
 @functools.cache
-def prepared(task: str, workdir: str) -> tuple[tuple[Problem, Problem, Problem], Any]:
+def prepared(task: str, workdir: str) -> tuple[list[Problem], Any]:
     """The prompts to learn from, to choose settings by and to measure, and the fitted reference.
 
     Args:
@@ -145,13 +145,11 @@ def prepared(task: str, workdir: str) -> tuple[tuple[Problem, Problem, Problem],
     """
     spec = TASKS[task]
     problem = spec.build()
-    parts = (problem,) * 3
+    parts = [problem] * 3
     if spec.parts:
         ends = np.cumsum(spec.parts)
-        parts = tuple(
-            problem.take(np.arange(end - size, end))
-            for end, size in zip(ends, spec.parts, strict=True)
-        )
+        bounds = zip(ends, spec.parts, strict=True)
+        parts = [problem.take(np.arange(end - size, end)) for end, size in bounds]
     file = Path(workdir) / f"reference-{task}.npz"
     empty = jax.eval_shape(lambda: _POLICY.init(jax.random.key(0), problem, _width(problem)))
     if not file.exists():
