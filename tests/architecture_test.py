@@ -21,12 +21,12 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "types masking errors",
         "objectives",
         "models sharding logprobs new_folder",
-        "sampler learner train_step buckets optimizer learning_batch",
+        "sampler learner train_step buckets optimizer learning_batch exact",
         "datasets tasks rewards sandbox tokenizers checkpoint integrity evaluation graded metrics"
         " metric_sinks progress reference replay report retention resampling alarm log_z_points",
         "config sampling_config cli assembly distributed rollouts grading settings planning"
         " evaluator loop benchmarking",
-        "train evaluate sample sft convert plan certify quickstart judge",
+        "train evaluate sample sft convert plan certify quickstart judge experiments",
     )
 )
 CONFIG_READERS = {"config", "cli", *LAYERS[-1]}  # nothing else sees a ConfigDict
