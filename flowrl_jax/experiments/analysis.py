@@ -98,20 +98,20 @@ def equivalent(differences: np.ndarray, margin: float) -> bool:
 
 
 def choose(trials: Mapping[str, Arrays], rates: Sequence[float], level: float) -> tuple[str, float]:
-    """The setting and learning rate that keep most distinct solutions at an accuracy.
+    """The setting and learning rate that end with most distinct solutions at an accuracy or above.
 
     Args:
         trials: by setting, `[rates, seeds, points, prompts]` each.
         rates: of the first axis.
-        level: of accuracy. Where no setting reaches it, the most accurate one is chosen.
+        level: of accuracy. Where no setting ends there, the most accurate one is chosen.
     """
-    reached, others = [], []
+    enough, others = [], []
     for setting, arrays in trials.items():
         for i, rate in enumerate(rates):
-            runs = {name: x[i] for name, x in arrays.items()}
-            found = at_level(runs, level)
-            if found is not None:
-                reached.append((float(found["distinct_64"].mean()), setting, rate))
-            others.append((float(runs["accuracy"][:, -1].mean()), setting, rate))
-    _, setting, rate = max(reached or others)
+            accuracy = float(arrays["accuracy"][i, :, -1].mean())
+            distinct = float(arrays["distinct_64"][i, :, -1].mean())
+            others.append((accuracy, setting, rate))
+            if accuracy >= level:
+                enough.append((distinct, setting, rate))
+    _, setting, rate = max(enough or others)
     return setting, rate

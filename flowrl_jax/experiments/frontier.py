@@ -3,8 +3,9 @@
 Two tasks whose responses can all be listed, so that nothing that is reported is an estimate from
 samples: integer paths, measured on the prompts that are learned from, and routes through a graph,
 measured on pairs of nodes that are not. Each arm of `arms.py` is run at three settings and three
-learning rates with three seeds; the setting that keeps most distinct solutions at a given accuracy
-is then run with nine fresh seeds. What is done is kept in the folder, and not done again.
+learning rates with three seeds; the one that ends with most distinct solutions among those of a
+given accuracy is then run with nine fresh seeds. What is done is kept in the folder, and not done
+again.
 """
 
 import argparse
