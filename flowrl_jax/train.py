@@ -92,12 +92,12 @@ def build_loop(parts: Parts) -> Loop:
         "minibatch": make_minibatch(learner, config.train.updates_per_rollout),
         "update": make_update(learner, len(source)),
         "take": make_take(parts.layout),
-        **make_reset(learner, len(source)),
     }
     evaluator = Evaluator(parts, config.eval) if config.eval.every else None
     loop = Loop(parts, learner, parts.sampler(), source, programs, evaluator, share)
     if config.reference.moves:
         loop.resets = Resets(config.reference)
+        programs |= make_reset(learner, len(source))
     if replayed:
         size = config.replay.size // len(share.leaders)
         loop.replay = ReplayBuffer(config.replay, size, config.seed, share.index)

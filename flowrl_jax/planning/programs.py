@@ -182,8 +182,8 @@ def programs(config: Config, learner: Learner) -> Iterator[Program]:
     rollout, layout = config.rollout, learner.layout
     width, length = rollout.max_prompt_length, rollout.max_response_length
     columns = width + length
-    prompts = rollout.prompts_per_batch or rollout.prompts_per_step
-    batches = rollout.prompts_per_step // prompts
+    prompts = rollout.prompts_per_batch or config.sampled_prompts
+    batches = config.sampled_prompts // prompts
     rows = prompts * rollout.group_size
     arrays = _Arrays(layout, width, length)
     within = sampling_layout(layout, learner.model.config.axis_sizes, rollout.tensor)
@@ -211,7 +211,7 @@ def programs(config: Config, learner: Learner) -> Iterator[Program]:
         attention=attention,
         replaced=1,
     )
-    total = rollout.prompts_per_step * rollout.group_size
+    total = config.sampled_prompts * rollout.group_size
     micro = learner.micro_batch(config.rows_per_update)
     scored = math.gcd(total, micro)
     objective = objective_of(config.loss)

@@ -149,7 +149,7 @@ def suggest(
     """
     correction = corrections(config, topology, measured)
     rollout = config.rollout
-    prompts = rollout.prompts_per_batch or rollout.prompts_per_step
+    prompts = rollout.prompts_per_batch or config.sampled_prompts
     rows = config.train.micro_batch_size or config.rows_per_update
     changes: list[list[Mapping[str, Any]]] = [
         [
@@ -159,7 +159,7 @@ def suggest(
         ],
         [
             {"rollout.prompts_per_batch": size}
-            for size in reversed(_divisors(rollout.prompts_per_step))
+            for size in reversed(_divisors(config.sampled_prompts))
             if size < prompts
         ],
         [{"model.remat": "full"}] if config.model.remat != "full" else [],
