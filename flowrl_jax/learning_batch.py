@@ -80,8 +80,10 @@ def _metrics(learner: Learner, rollout: Rollout, batch: TrainBatch, reward: jax.
         "rollout/truncated": jnp.mean(rollout.truncated.astype(jnp.float32)),
         # The mean surprise of what was sampled: an unbiased estimate of the policy's entropy.
         "rollout/entropy": -masked_mean(rollout.sampler_logprobs, mask),
-        "rollout/groups_with_signal": jnp.mean(varied.astype(jnp.float32)),
     }
+    # The rewards of a single response never differ, which says nothing of what there is to learn.
+    if learner.group_size > 1:
+        metrics["rollout/groups_with_signal"] = jnp.mean(varied.astype(jnp.float32))
     # Without a reference the old policy stands in for it, and 0 would be no measurement.
     if objective_of(learner.objective).needs_reference(learner.objective):
         difference = batch.old_logprobs - batch.ref_logprobs

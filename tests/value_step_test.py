@@ -207,6 +207,11 @@ def test_the_learning_batch(name):
     explained = 1 - (returns - values)[mask].var() / returns[mask].var()
     np.testing.assert_allclose(metrics["value/explained_variance"], explained, rtol=1e-4)
     np.testing.assert_allclose(metrics["value/mean"], values[mask].mean(), rtol=1e-4)
+    # One response a prompt is enough here, and its reward never differs from its group's.
+    assert "rollout/groups_with_signal" in metrics
+    alone = make_learning_batch(dataclasses.replace(learner, group_size=1))
+    seen = jax.eval_shape(alone, rollout, *sampled, values)[1]
+    assert seen.keys() == metrics.keys() - {"rollout/groups_with_signal"}
 
 
 def test_the_state_has_a_head_only_where_it_is_needed():
