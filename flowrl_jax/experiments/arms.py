@@ -18,7 +18,7 @@ _BALANCE_BETAS = (3.0, 6.0, 15.0)
 _FLOWRL_BETAS = (0.5, 1.0, 15.0)
 _RAW_BETAS = (1.0, 2.0, 6.0)
 RESET_EVERY = 100
-OURS: Any = dataclasses.replace(PRESETS["tb_vargrad"], weight="max", weight_max=10.0)
+OURS: Any = PRESETS["flowrl_balance"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ ARMS: dict[str, Arm] = {
     ),
     "subtb": _flow("SubTB", PRESETS["subtb"], _BALANCE_BETAS),
     "detailed_balance": _flow("Detailed balance", PRESETS["detailed_balance"], _BALANCE_BETAS),
-    "flowrl": _flow("FlowRL, ours", OURS, _BALANCE_BETAS),
+    "flowrl_balance": _flow("FlowRL, balance (ours)", OURS, _BALANCE_BETAS),
     "flowrl_length": _flow(
         "ours, length-normalised", _vary(length_normalize=True), _RAW_BETAS, "ablation"
     ),
@@ -130,7 +130,7 @@ ARMS: dict[str, Arm] = {
 
 # Arms whose staleness is swept, with the setting that it is swept at.
 STALE_ARMS = {
-    "flowrl": "beta=6",
+    "flowrl_balance": "beta=6",
     "tb_vargrad": "beta=6",
     "rloo_kl": "beta=6",
     "flowrl_recipe": "beta=1",

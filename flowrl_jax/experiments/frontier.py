@@ -40,9 +40,9 @@ from flowrl_jax.tasks.base import nearest
 
 _CHOOSING, _MEASURING = (0, 1, 2), tuple(range(100, 100 + LANES))
 _POINTS = 30
-_SMOKE_ARMS = ("grpo", "dapo", "flowrl_paper", "flowrl", "rloo_kl")
+_SMOKE_ARMS = ("grpo", "dapo", "flowrl_paper", "flowrl_balance", "rloo_kl")
 _SMOKE_ROLLOUTS = 60
-_OURS, _TWIN = "flowrl", "rloo_kl"
+_OURS, _TWIN = "flowrl_balance", "rloo_kl"
 _MARGIN = 0.1  # of the twin's mean: how far apart two arms may be that are called equal
 _SHOWN = ("distinct_64", "strategies_64", "effective", "kl_to_reference")
 
