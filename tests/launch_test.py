@@ -589,6 +589,8 @@ def test_the_jobset_says_what_was_asked_for(cloud: Cloud) -> None:
     (container,) = pod["containers"]
     assert slices["replicas"] == 2 and job["parallelism"] == job["completions"] == 8
     assert container["command"][0] == "launch/supervise.sh" and container["args"] == ODD
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"]["values"] == [2, 3]  # wrong input, an alarm: not to be tried again
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
     assert pod["nodeSelector"] == {
         "cloud.google.com/gke-tpu-accelerator": "tpu-v6e-slice",
