@@ -26,6 +26,7 @@ from flowrl_jax.errors import InputError, require
 from flowrl_jax.experiments import analysis
 from flowrl_jax.experiments.arms import ARMS, STALE_ARMS, STALENESS
 from flowrl_jax.experiments.figures import frontier_figure
+from flowrl_jax.experiments.tables import cell, numbers, write_csv
 from flowrl_jax.experiments.trials import (
     LANES,
     RATES,
@@ -180,27 +181,17 @@ def _table(
     for arm in arms:
         setting, rate = chosen[task, arm]
         row = {"task": task, "arm": arm, "family": ARMS[arm].family, "setting": setting}
-        row |= {"learning_rate": rate} | _numbers(
-            "end", {k: x[:, -1] for k, x in runs[arm].items()}
-        )
+        row |= {"learning_rate": rate} | numbers("end", {k: x[:, -1] for k, x in runs[arm].items()})
         for level in TASKS[task].levels:
             found = analysis.at_level(runs[arm], level)
-            row |= _numbers(f"at_{level:g}", found) if found else {}
+            row |= numbers(f"at_{level:g}", found) if found else {}
         rows.append(row)
     _test(task, rows, runs)
     for temperature, measures in base_at_temperatures(task, str(workdir)).items():
         row = {"task": task, "arm": "base", "family": "control"}
         row |= {"setting": f"temperature={temperature:g}"}
-        rows.append(row | _numbers("end", {name: x[None] for name, x in measures.items()}))
+        rows.append(row | numbers("end", {name: x[None] for name, x in measures.items()}))
     return rows
-
-
-def _numbers(where: str, found: Mapping[str, np.ndarray]) -> dict[str, float]:
-    row = {}
-    for name, values in found.items():
-        mean, low, high = analysis.interval(values)
-        row |= {f"{where}_{name}": mean, f"{where}_{name}_low": low, f"{where}_{name}_high": high}
-    return row
 
 
 def _test(task: str, rows: list[dict[str, Any]], runs: Mapping[str, Any]) -> None:
@@ -227,7 +218,7 @@ def _stale_rows(trials: Sequence[Trial], workdir: Path) -> list[dict[str, Any]]:
     for trial in trials:
         ends = {name: x[0, :, -1] for name, x in _load(trial, workdir).items()}
         row = {"arm": trial.arm, "setting": trial.setting, "staleness": trial.staleness}
-        rows.append(row | _numbers("end", ends))
+        rows.append(row | numbers("end", ends))
     return rows
 
 
@@ -240,11 +231,7 @@ def _write(
     seconds: float,
 ) -> None:
     for name, found in (("frontier.csv", rows), ("staleness.csv", stale)):
-        columns = list(dict.fromkeys(key for row in found for key in row))
-        with (workdir / name).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows({k: _short(v) for k, v in row.items()} for row in found)
+        write_csv(workdir / name, found)
     (workdir / "seconds.json").write_text(json.dumps({"seconds": seconds}) + "\n")
     text = "\n".join(
         _markdown(task, [row for row in rows if row["task"] == task]) for task in tasks
@@ -260,16 +247,6 @@ def _write(
         (workdir / f"frontier-{task}.svg").write_text(figure, encoding="utf-8")
 
 
-def _short(value: Any) -> Any:
-    return f"{value:.6g}" if isinstance(value, float) else value
-
-
-def _cell(row: Mapping[str, Any], name: str) -> str:
-    if name not in row:
-        return "-"
-    return f"{row[name]:.3g} [{row[name + '_low']:.3g}, {row[name + '_high']:.3g}]"
-
-
 def _markdown(task: str, rows: Sequence[Mapping[str, Any]]) -> str:
     level = f"at_{TASKS[task].levels[-1]:g}"
     head = f"at {TASKS[task].levels[-1]:.0%}"
@@ -283,9 +260,9 @@ def _markdown(task: str, rows: Sequence[Mapping[str, Any]]) -> str:
     order = sorted(rows, key=lambda row: -row.get(f"{level}_distinct_64", 0.0))
     for row in order:
         label = ARMS[row["arm"]].label if row["arm"] in ARMS else "reference"
-        cells = [_cell(row, f"{level}_{name}") for name in ("distinct_64", "strategies_64")]
-        cells += [_cell(row, f"{level}_kl_to_reference")]
-        cells += [_cell(row, "end_accuracy"), _cell(row, "end_distinct_64")]
+        cells = [cell(row, f"{level}_{name}") for name in ("distinct_64", "strategies_64")]
+        cells += [cell(row, f"{level}_kl_to_reference")]
+        cells += [cell(row, "end_accuracy"), cell(row, "end_distinct_64")]
         p = f"{row['p_holm']:.2g}" if "p_holm" in row else "-"
         rate = f"{row['learning_rate']:g}" if "learning_rate" in row else "-"
         lines.append(f"| {label} | {row['setting']} | {rate} | {' | '.join(cells)} | {p} |")
@@ -303,7 +280,7 @@ def _stale_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        cells = [_cell(row, f"end_{name}") for name in ("accuracy", "distinct_64", "effective")]
+        cells = [cell(row, f"end_{name}") for name in ("accuracy", "distinct_64", "effective")]
         label = ARMS[row["arm"]].label
         lines.append(f"| {label} | {row['setting']} | {row['staleness']} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
