@@ -90,7 +90,8 @@ def test_the_large_scale_has_25_million_parameters():
         (["--config=nowhere.py"], "nowhere.py"),
         (["--config.eval.samples=8"], "eval.samples=8"),
         (["--config.eval.every=0"], "eval.every=0"),
-        (["--config.loss.bta=1"], "bta"),
+        (["--config.rollout.group_sise=1"], "group_sise"),
+        (["--config.loss.beta=1"], "--config.loss.beta=1"),
         (["--config.rollout.ahead=True", "--arms=dapo"], "dynamic_sampling"),
     ],
 )

@@ -7,8 +7,8 @@ warm-up, by problem, since a run's own evaluations know no KL where its objectiv
 and another one where the reference moves. What is done is kept in the folder and not done again; a
 run that was interrupted goes on at its last checkpoint.
 
-Dynamic sampling (DAPO, ProRL) samples more prompts than the others to learn from as many; countdown.csv
-says how many.
+Dynamic sampling (DAPO, ProRL) samples more prompts than the others to learn from as many;
+countdown.csv says how many.
 """
 
 import argparse
@@ -89,7 +89,7 @@ class Run:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, 2 for a wrong input, 75 if preempted."""
+    """The command line; returns the exit code, as in `cli`."""
     parser = argparse.ArgumentParser(
         prog="python -m flowrl_jax.experiments.countdown",
         description=__doc__,
@@ -116,6 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return cli.WRONG_INPUT
+    except cli.Alarmed as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return cli.ALARMED
     except cli.Preempted:
         print("preempted: the same command goes on where this one stopped", file=sys.stderr)
         return cli.PREEMPTED
@@ -131,7 +134,7 @@ def compare(options: argparse.Namespace, overrides: dict[str, str]) -> None:
 
     Raises:
         InputError: an option is wrong, or the folder holds results of other settings.
-        cli.Preempted: after SIGTERM, once a checkpoint is complete.
+        cli.Alarmed, cli.Preempted: as `train`.
     """
     require(
         options.scale in SCALES,

@@ -15,6 +15,10 @@ _MAX_BATCHES = 3  # of dynamic sampling; 10 as published would be most of the ti
 _RESETS = 3  # parts that resets of the reference cut a run into, as in the exact comparison
 
 
+# What the comparison sets itself, so that changing it would change nothing.
+_OWN = ("loss", "model.start_from", "eval.k", "checkpoint.every", "checkpoint.keep")
+
+
 @dataclasses.dataclass(frozen=True)
 class Scale:
     """A size of the comparison.
@@ -92,6 +96,12 @@ def base_config(file: str, scale: str, steps: int | None, overrides: Mapping[str
     Raises:
         InputError: the file is missing, or a setting is wrong.
     """
+    for name in overrides:
+        require(
+            not any(name == own or name.startswith(f"{own}.") for own in _OWN),
+            f"--config.{name}={overrides[name]}: the comparison sets it itself; choose objectives"
+            " with --arms and where runs are measured with --config.eval.every",
+        )
     values = load_config(file, {})
     # Options are a data set's own business: no name of theirs is refused here.
     values.unlock()
