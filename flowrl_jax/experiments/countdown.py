@@ -44,7 +44,7 @@ from flowrl_jax.train import train
 DEFAULT_ARMS = (
     *("grpo:kl_coef=0.001", "dapo:kl_coef=0.001", "dr_grpo:kl_coef=0.001", "gspo:kl_coef=0.001"),
     *("gmpo:kl_coef=0.001", "cispo:kl_coef=0.001", "prorl:kl_coef=0.001", "rloo_kl:beta=6"),
-    *("flowrl_paper:beta=15", "flowrl_paper:beta=1", "tb_vargrad:beta=6", "flowrl:beta=6"),
+    *("flowrl_paper:beta=15", "flowrl_paper:beta=1", "tb_vargrad:beta=6", "flowrl_balance:beta=6"),
 )
 MEASURES = {  # of `prompt_values`, by the names that the statistics of experiments know
     "accuracy": "pass_at_1",
