@@ -21,6 +21,7 @@ from flowrl_jax.objectives.diagnostics import (
 from flowrl_jax.objectives.flowrl import FlowRLConfig
 from flowrl_jax.objectives.presets import PRESETS
 from flowrl_jax.objectives.sft import SFTConfig
+from flowrl_jax.types import TrainBatch
 
 ROWS, WIDTH = 12, 5
 RNG = np.random.default_rng(3)
@@ -119,9 +120,9 @@ def test_a_rollout_measures_kl_where_there_is_a_reference(objective):
     rollout: Any = types.SimpleNamespace(
         response_mask=jnp.asarray(MASK), truncated=jnp.zeros(ROWS, bool), sampler_logprobs=OLD
     )
-    batch: Any = types.SimpleNamespace(
-        old_logprobs=jnp.asarray(NEW), ref_logprobs=jnp.asarray(OLD), reward=jnp.arange(12.0)
-    )
+    scored = {"old_logprobs": jnp.asarray(NEW), "ref_logprobs": jnp.asarray(OLD)}
+    unread: Any = {"tokens": None, "prompt_mask": None, "response_mask": None}
+    batch = TrainBatch(**unread, **scored, reward=jnp.arange(12.0))
     found = _metrics(learner, rollout, batch, jnp.arange(12.0))
     difference = [
         sum(float(NEW[i, t] - OLD[i, t]) for t in range(WIDTH) if MASK[i, t]) for i in range(ROWS)
