@@ -72,9 +72,9 @@ def test_rows_rewards_and_prompts_stay_together(monkeypatch, tmp_path):
     def noting(learner):
         build = plain(learner)
 
-        def note(rollout, old_logprobs, ref_logprobs, *, reward, prompt_id):
+        def note(rollout, *scored, reward, prompt_id, values):
             lessons.append(jax.device_get((rollout, reward, prompt_id)))
-            return build(rollout, old_logprobs, ref_logprobs, reward=reward, prompt_id=prompt_id)
+            return build(rollout, *scored, reward=reward, prompt_id=prompt_id, values=values)
 
         return note
 
