@@ -183,7 +183,7 @@ def test_a_tiny_comparison_is_preempted_goes_on_and_is_made_once(tmp_path, capsy
     said = capsys.readouterr().out
     assert "[2/2] prorl-kl_coef0.001-seed0" in said and "FlowRL, ours" in said
     kept = [saved_steps(tmp_path / "runs" / name / "checkpoints") for name in names]
-    assert kept == [[60], [4], [4]]
+    assert kept == [[120], [4], [4]]
     with np.load(tmp_path / "results" / f"{names[0]}.npz") as start:
         assert start["accuracy"].shape == (1, 16) and not start["kl_to_reference"].any()
         assert start["accuracy"].mean() > 0.0

@@ -49,7 +49,8 @@ SCALES: dict[str, Scale] = {
             },
             "rollout": {"prompts_per_step": 8, "group_size": 4}
             | {"max_prompt_length": 8, "max_response_length": 20},
-            "sft": {"steps": 60},
+            "task": {"options": {"careless": 0.0}},
+            "sft": {"steps": 120, "optimizer": {"learning_rate": 1e-2, "warmup_steps": 10}},
             "eval": {"every": 2, "prompts": 16, "prompts_per_batch": 16, "samples": 16},
         },
         level=0.1,
