@@ -181,9 +181,9 @@ def test_a_tiny_comparison_is_preempted_goes_on_and_is_made_once(tmp_path, capsy
         assert saved_steps(tmp_path / "runs" / names[1] / "checkpoints") == [1]
         assert countdown.main(flags) == 0
     said = capsys.readouterr().out
-    assert "[2/2] prorl-kl_coef0.001-seed0" in said and "FlowRL, ours" in said
+    assert "[2/2] prorl-kl_coef0.001-seed0" in said and "FlowRL, balance" in said
     kept = [saved_steps(tmp_path / "runs" / name / "checkpoints") for name in names]
-    assert kept == [[120], [4], [4]]
+    assert kept == [[100], [4], [4]]
     with np.load(tmp_path / "results" / f"{names[0]}.npz") as start:
         assert start["accuracy"].shape == (1, 16) and not start["kl_to_reference"].any()
         assert start["accuracy"].mean() > 0.0

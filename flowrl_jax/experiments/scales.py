@@ -37,20 +37,21 @@ class Scale:
 SCALES: dict[str, Scale] = {
     # Says nothing about objectives: it is there to try the command.
     "tiny": Scale(
-        "Countdown, three numbers, tiny",
+        "Countdown, two numbers, tiny",
         {
             "steps": 4,
             "model": {"num_layers": 2, "embed_dim": 32, "num_heads": 2, "num_kv_heads": 1}
             | {"head_dim": 16, "mlp_dim": 64, "remat": "none"},
             "tokenizer": {"max_number": 12},
             "data": {
-                "options": {"sizes": (3,), "target_max": 12, "max_value": 12}
-                | {"min_solutions": 2, "train": 64, "test": 16}
+                "options": {"sizes": (2,), "target_max": 12, "max_value": 12}
+                | {"min_solutions": 1, "train": 36, "test": 16}
             },
             "rollout": {"prompts_per_step": 8, "group_size": 4}
-            | {"max_prompt_length": 8, "max_response_length": 20},
+            | {"max_prompt_length": 8, "max_response_length": 8},
             "task": {"options": {"careless": 0.0}},
-            "sft": {"steps": 120, "optimizer": {"learning_rate": 1e-2, "warmup_steps": 10}},
+            "sft": {"steps": 100, "batch_size": 32}
+            | {"optimizer": {"learning_rate": 1e-2, "warmup_steps": 10}},
             "eval": {"every": 2, "prompts": 16, "prompts_per_batch": 16, "samples": 16},
         },
         level=0.1,
