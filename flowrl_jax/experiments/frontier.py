@@ -198,18 +198,19 @@ def _test(task: str, rows: list[dict[str, Any]], runs: Mapping[str, Any]) -> Non
     """Ours against every other arm at the last level, paired by seed."""
     level = TASKS[task].levels[-1]
     found = {row["arm"]: analysis.at_level(runs[row["arm"]], level) for row in rows}
-    distinct = {arm: x["distinct_64"].mean(axis=1) for arm, x in found.items() if x is not None}
+    distinct = {arm: x["distinct_64"] for arm, x in found.items() if x is not None}
     if _OURS not in distinct:
         return
     others = [row for row in rows if row["arm"] in distinct and row["arm"] != _OURS]
     differences = [distinct[_OURS] - distinct[row["arm"]] for row in others]
-    corrected = analysis.holm([analysis.sign_flip(x) for x in differences])
+    corrected = analysis.holm([analysis.sign_flip(x.mean(axis=1)) for x in differences])
     for row, difference, p in zip(others, differences, corrected, strict=True):
-        row["ours_minus_it"] = float(difference.mean())
+        mean, low, high = analysis.interval(difference)
+        row |= {"ours_minus_it": mean, "ours_minus_it_low": low, "ours_minus_it_high": high}
         row["p_holm"] = p
         if row["arm"] == _TWIN:
             margin = _MARGIN * float(distinct[_TWIN].mean())
-            row["equivalent_to_ours"] = analysis.equivalent(difference, margin)
+            row["equivalent_to_ours"] = analysis.equivalent(difference.mean(axis=1), margin)
 
 
 def _stale_rows(trials: Sequence[Trial], workdir: Path) -> list[dict[str, Any]]:
@@ -250,22 +251,28 @@ def _write(
 def _markdown(task: str, rows: Sequence[Mapping[str, Any]]) -> str:
     level = f"at_{TASKS[task].levels[-1]:g}"
     head = f"at {TASKS[task].levels[-1]:.0%}"
+    columns = {
+        f"distinct in 64 {head}": f"{level}_distinct_64",
+        f"ours minus it {head}": "ours_minus_it",
+        f"strategies in 64 {head}": f"{level}_strategies_64",
+        "accuracy at the end": "end_accuracy",
+        "distinct in 64 at the end": "end_distinct_64",
+    }
+    titles = ["arm", "setting", "rate", *columns]
     lines = [
         f"### {TASKS[task].title}",
         "",
-        f"| arm | setting | rate | distinct in 64 {head} | strategies in 64 {head} |"
-        f" KL {head} | accuracy at the end | distinct in 64 at the end | p (ours more) |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(titles)} |",
+        "|---" * len(titles) + "|",
     ]
-    order = sorted(rows, key=lambda row: -row.get(f"{level}_distinct_64", 0.0))
+    warm = max((row for row in rows if row["arm"] == "base"), key=lambda row: row["end_accuracy"])
+    shown = [row for row in rows if row["arm"] != "base" or row["setting"] == "temperature=1"]
+    order = sorted([*shown, warm], key=lambda row: -row.get(f"{level}_distinct_64", 0.0))
     for row in order:
         label = ARMS[row["arm"]].label if row["arm"] in ARMS else "reference"
-        cells = [cell(row, f"{level}_{name}") for name in ("distinct_64", "strategies_64")]
-        cells += [cell(row, f"{level}_kl_to_reference")]
-        cells += [cell(row, "end_accuracy"), cell(row, "end_distinct_64")]
-        p = f"{row['p_holm']:.2g}" if "p_holm" in row else "-"
         rate = f"{row['learning_rate']:g}" if "learning_rate" in row else "-"
-        lines.append(f"| {label} | {row['setting']} | {rate} | {' | '.join(cells)} | {p} |")
+        cells = [cell(row, name) for name in columns.values()]
+        lines.append(f"| {' | '.join([label, row['setting'] or '-', rate, *cells])} |")
     return "\n".join([*lines, ""])
 
 

@@ -43,8 +43,9 @@ PRESETS: dict[str, FlowRLConfig | GRPOConfig | PolicyGradientConfig | PPOConfig 
         weight_max=10.0,
         log_z=_QUIET_HEAD,
     ),
-    # What theory says matches pi_ref exp(beta r): see docs/objective.md and docs/comparison.md.
-    "flowrl_balance": dataclasses.replace(_BALANCE, weight="max", weight_max=10.0),
+    # What theory says matches pi_ref exp(beta r), with the paper's weights: see docs/objective.md
+    # and docs/comparison.md.
+    "flowrl_balance": dataclasses.replace(_BALANCE, weight="two_sided"),
     # The two variants of verl_FlowRL: log Z is 0, and the reference may be the old policy.
     "flowrl_no_z": FlowRLConfig(weight="max", log_z=LogZConfig(kind="zero")),
     "flowrl_old_ref": FlowRLConfig(weight="max", reference="old", log_z=LogZConfig(kind="zero")),
