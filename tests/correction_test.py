@@ -374,7 +374,10 @@ def test_a_plan_has_the_weights_too():
     assert step.build()[1][1].correction.shape == (16, 10)
 
 
-WEIGHED = {"flowrl": PER_RESPONSE, "grpo": KINDS, "policy_gradient": KINDS, "sft": ()}
+WEIGHED = {
+    **{"flowrl": PER_RESPONSE, "subtb": PER_RESPONSE, "sft": ()},
+    **{"grpo": KINDS, "policy_gradient": KINDS, "ppo": KINDS},
+}
 
 
 def test_objectives_refuse_what_they_cannot_weigh():
