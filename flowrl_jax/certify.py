@@ -23,6 +23,7 @@ from flowrl_jax.exact.language import Language
 from flowrl_jax.exact.learn import LearnConfig, Run
 from flowrl_jax.exact.measures import perplexity, total_variation
 from flowrl_jax.exact.problem import Problem, Table, response_logprobs
+from flowrl_jax.objectives import balance_of
 from flowrl_jax.objectives.flowrl import FlowRLConfig
 from flowrl_jax.objectives.policy_gradient import PolicyGradientConfig
 from flowrl_jax.objectives.presets import PRESETS
@@ -173,11 +174,9 @@ def target_of(objective: Any, problem: Problem, prior: np.ndarray, group_size: i
 
 def _balance(objective: Any) -> FlowRLConfig | None:
     """The trajectory balance with an objective's fixed point; None if it has none that is known."""
-    if isinstance(objective, FlowRLConfig):
-        own = objective.reference == "reference" and not objective.gap_low
-        return objective if own else None
-    if isinstance(objective, SubTBConfig):
-        return objective.balance
+    own = balance_of(objective)
+    if own is not None:
+        return own if own.reference == "reference" and not own.gap_low else None
     if (
         isinstance(objective, PolicyGradientConfig)
         and (objective.kl_in, objective.kl_estimator, objective.ratio)
