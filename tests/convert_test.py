@@ -243,9 +243,9 @@ def test_export_of_an_import_is_bit_identical(tmp_path):
     assert_same_bits(tensors(tmp_path / "third"), wide)
 
 
-def test_runs_start_from_an_import():
+def test_runs_start_from_an_import(tmp_path):
     config = tiny_run(model__path=source(), model__start_from=imported())
-    parts = assemble(config, scratch())
+    parts = assemble(config, tmp_path)
     _, expected = load_policy(source(), vocab_multiple=parts.model.config.vocab_multiple)
     learner = make_learner(parts, config.loss, config.optimizer, 16, steps=1, updates=1)
     for policy in (first_policy(parts, learner), load_run_policy(parts, imported())):

@@ -68,10 +68,10 @@ def test_settings_count_more_than_the_scale_and_steps_more_than_both():
     assert (seeded.seed, seeded.eval.every, seeded.checkpoint.every) == (1, 0, 3)
 
 
-def test_the_large_scale_has_25_million_parameters():
+def test_the_large_scale_has_25_million_parameters(tmp_path):
     config = base("25m")
     with one_device():
-        parts = assemble(config, scratch())
+        parts = assemble(config, tmp_path)
         policy = abstract_policy(scoring_learner(parts))
     assert sum(x.size for x in jax.tree.leaves(policy)) == pytest.approx(25e6, rel=0.05)
 

@@ -12,7 +12,7 @@ from flowrl_jax.evaluate import Evaluator, evaluate
 from flowrl_jax.graded import read_records
 from flowrl_jax.metrics import CompileCounter
 from flowrl_jax.train import train
-from tests.tiny_runs import metrics, one_device, scratch, tiny_arguments, tiny_run, warmup
+from tests.tiny_runs import metrics, one_device, tiny_arguments, tiny_run, warmup
 
 pytestmark = pytest.mark.slow  # each compiles a run of its own
 
@@ -147,9 +147,9 @@ def test_a_run_from_random_weights_knows_its_reference():
     assert evaluate(tiny_run(), warmup())["kl_to_reference"]["mean"] > 1.0
 
 
-def test_samples_that_do_not_divide_over_the_devices(parts):
+def test_samples_that_do_not_divide_over_the_devices(parts, tmp_path):
     """Eight devices, 5 prompts of 4 samples at a time: batches are rounded up to 6."""
-    layout = assemble(tiny_run(), scratch()).layout
+    layout = assemble(tiny_run(), tmp_path).layout
     assert layout.batch_shards == 1
     assert parts.round_up_prompts(5, 4) == 5
     with pytest.MonkeyPatch.context() as patch:
