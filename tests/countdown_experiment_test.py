@@ -120,16 +120,16 @@ def pretend(arm, setting, distinct, *, ends=0.9, points=4, seeds=SEEDS):
 def test_the_table_compares_where_all_seeds_reach_the_level(tmp_path):
     curves = [
         pretend("warmup", "", 3.0),
-        pretend("grpo", "kl_coef=0.001", 2.0),
-        pretend("flowrl_balance", "beta=6", 5.0),
-        pretend("gspo", "kl_coef=0.001", 9.0, ends=0.4),
+        pretend("grpo", "kl_coef=0.01", 2.0),
+        pretend("flowrl", "beta=6", 5.0),
+        pretend("gspo", "kl_coef=0.01", 9.0, ends=0.4),
     ]
     write_results(tmp_path, "Pretended", curves, level=0.5)
     with (tmp_path / "countdown.csv").open(newline="") as lines:
         rows = {row["arm"]: row for row in csv.DictReader(lines)}
-    assert set(rows) == {"warmup", "grpo", "flowrl_balance", "gspo"}
-    assert float(rows["flowrl_balance"]["at_0.5_accuracy"]) == pytest.approx(0.5)
-    assert float(rows["flowrl_balance"]["at_0.5_distinct_16"]) == pytest.approx(5.05, abs=0.05)
+    assert set(rows) == {"warmup", "grpo", "flowrl", "gspo"}
+    assert float(rows["flowrl"]["at_0.5_accuracy"]) == pytest.approx(0.5)
+    assert float(rows["flowrl"]["at_0.5_distinct_16"]) == pytest.approx(5.05, abs=0.05)
     assert float(rows["grpo"]["ours_minus_it"]) == pytest.approx(3.0, abs=0.05)
     assert float(rows["grpo"]["p_holm"]) == pytest.approx(2 / 2**SEEDS)
     assert rows["gspo"]["at_0.5_distinct_16"] == "" == rows["gspo"]["ours_minus_it"]
@@ -140,10 +140,10 @@ def test_the_table_compares_where_all_seeds_reach_the_level(tmp_path):
 
     text = (tmp_path / "table.md").read_text()
     assert "Pretended, 3 seeds" in text
-    assert text.index("FlowRL, balance") < text.index("| GRPO |") < text.index("| GSPO |")
+    assert text.index("FlowRL, ours") < text.index("| GRPO |") < text.index("| GSPO |")
     figure = (tmp_path / "frontier.svg").read_text()
     assert figure.count("<polyline") == 3
-    assert "distinct correct solutions in 16" in figure and "GRPO, kl_coef=0.001" in figure
+    assert "distinct correct solutions in 16" in figure and "GRPO, kl_coef=0.01" in figure
     with (tmp_path / "curves.csv").open(newline="") as lines:
         points = list(csv.DictReader(lines))
     assert len(points) == 3 * SEEDS * 5
@@ -171,9 +171,9 @@ class Terminated(train.Progress):
 @pytest.mark.slow
 def test_a_tiny_comparison_is_preempted_goes_on_and_is_made_once(tmp_path, capsys, monkeypatch):
     flags = [f"--workdir={tmp_path}", "--scale=tiny", f"--config={CONFIG}", "--seeds=1"]
-    flags += ["--arms=flowrl_balance,prorl", f"--config.data.data_dir={scratch() / 'data'}"]
+    flags += ["--arms=flowrl,prorl", f"--config.data.data_dir={scratch() / 'data'}"]
     flags += ["--config.metrics.tensorboard=False"]
-    names = ("warmup-seed0", "flowrl_balance-beta6-seed0", "prorl-kl_coef0.001-seed0")
+    names = ("warmup-seed0", "flowrl-beta15-seed0", "prorl-kl_coef0.01-seed0")
     with one_device():
         with monkeypatch.context() as patch:
             patch.setattr(train, "Progress", Terminated)
@@ -181,7 +181,7 @@ def test_a_tiny_comparison_is_preempted_goes_on_and_is_made_once(tmp_path, capsy
         assert saved_steps(tmp_path / "runs" / names[1] / "checkpoints") == [1]
         assert countdown.main(flags) == 0
     said = capsys.readouterr().out
-    assert "[2/2] prorl-kl_coef0.001-seed0" in said and "FlowRL, balance" in said
+    assert "[2/2] prorl-kl_coef0.01-seed0" in said and "FlowRL, ours" in said
     kept = [saved_steps(tmp_path / "runs" / name / "checkpoints") for name in names]
     assert kept == [[100], [4], [4]]
     with np.load(tmp_path / "results" / f"{names[0]}.npz") as start:

@@ -102,9 +102,7 @@ def test_the_edge_is_the_most_that_any_setting_keeps():
     assert sorted(edge.values(), reverse=True) == list(edge.values())
 
 
-SHORT = trials.Trial(
-    "routes", "flowrl_balance", "beta=6", 2, (1e-3, 1e-2), (0, 1), rollouts=4, points=2
-)
+SHORT = trials.Trial("routes", "flowrl", "beta=6", 2, (1e-3, 1e-2), (0, 1), rollouts=4, points=2)
 
 
 @pytest.mark.slow
@@ -141,7 +139,7 @@ def pretend(workdir, trial, offset):
 def test_what_is_done_is_not_done_again_and_becomes_a_table(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(frontier, "_pool", lambda workers: InPlace())
     (tmp_path / "trials").mkdir()
-    arms = {"flowrl_balance": 9.0, "rloo_kl": 8.99, "grpo": 2.0}
+    arms = {"flowrl": 9.0, "rloo_kl": 8.99, "grpo": 2.0}
     for trial in frontier._choosing(["path"], arms, smoke=False):
         pretend(tmp_path, trial, arms[trial.arm])
     for arm, offset in arms.items():
@@ -161,7 +159,7 @@ def test_what_is_done_is_not_done_again_and_becomes_a_table(tmp_path, capsys, mo
     assert float(rows["grpo"]["p_holm"]) == pytest.approx(2 * 2 / 512)
     assert rows["rloo_kl"]["equivalent_to_ours"] == "True"
     said = capsys.readouterr().out
-    assert said.index("FlowRL, balance") < said.index("| GRPO |") and "Staleness" in said
+    assert said.index("FlowRL, ours") < said.index("| GRPO |") and "Staleness" in said
     assert (tmp_path / "frontier-path.svg").read_text().count("<polyline") == 3
     assert frontier.main([*flags, f"--compare={tmp_path / 'frontier.csv'}"]) == 0
     last = capsys.readouterr().out.strip().splitlines()[-1].split()

@@ -1,8 +1,8 @@
 """The arms of the comparison: each objective with a small grid of the knob that holds it back.
 
 All arms have three settings of that knob and the same three learning rates. Of policy gradients it
-is the weight of a KL penalty, the preset's own or none first, so that each has a frontier and not a
-point; of the flow family it is beta, from what keeps most to the published value.
+is the weight of a KL penalty, so that each has a frontier and not a point; of the flow family it is
+beta, from what keeps most to the published value.
 """
 
 import dataclasses
@@ -13,12 +13,12 @@ from flowrl_jax.objectives.log_z import LogZConfig
 from flowrl_jax.objectives.policy_gradient import PolicyGradientConfig
 from flowrl_jax.objectives.presets import PRESETS
 
-_PENALTIES = (0.001, 0.01, 0.1)
+_PENALTIES = (0.01, 0.1, 0.3)
 _BALANCE_BETAS = (3.0, 6.0, 15.0)
 _FLOWRL_BETAS = (0.5, 1.0, 15.0)
 _RAW_BETAS = (1.0, 2.0, 6.0)
 RESET_EVERY = 100
-OURS: Any = PRESETS["flowrl_balance"]
+OURS: Any = PRESETS["flowrl"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +52,8 @@ def _flow(label: str, objective: Any, betas: tuple[float, ...], family: str = "f
 
 
 def _vary(**changes: Any) -> Any:
-    """Ours with other parts; all ablations have weights of at most 10, see docs/comparison.md."""
-    return dataclasses.replace(OURS, weight="max", weight_max=10.0, **changes)
+    """Ours with one part changed."""
+    return dataclasses.replace(OURS, **changes)
 
 
 # Plain, unclipped and without a penalty: what is left of FlowRL without its squared term.
@@ -84,7 +84,7 @@ ARMS: dict[str, Arm] = {
     ),
     "subtb": _flow("SubTB", PRESETS["subtb"], _BALANCE_BETAS),
     "detailed_balance": _flow("Detailed balance", PRESETS["detailed_balance"], _BALANCE_BETAS),
-    "flowrl_balance": _flow("FlowRL, balance (ours)", OURS, _BALANCE_BETAS),
+    "flowrl": _flow("FlowRL, ours", OURS, _BALANCE_BETAS),
     "flowrl_length": _flow(
         "ours, length-normalised", _vary(length_normalize=True), _RAW_BETAS, "ablation"
     ),
@@ -100,7 +100,9 @@ ARMS: dict[str, Arm] = {
     "flowrl_no_log_z": _flow(
         "ours, log Z = 0", _vary(log_z=LogZConfig(kind="zero")), _BALANCE_BETAS, "ablation"
     ),
-    "flowrl_max": _flow("ours, weights at most 10", _vary(), _BALANCE_BETAS, "ablation"),
+    "flowrl_max": _flow(
+        "ours, weights at most 10", _vary(weight="max", weight_max=10.0), _BALANCE_BETAS, "ablation"
+    ),
     "rloo_kl": Arm(
         "RLOO + KL in the reward",
         "control",
@@ -117,19 +119,19 @@ ARMS: dict[str, Arm] = {
     "grpo_k2": Arm(
         "GRPO, k2 KL",
         "control",
-        _sweep(PolicyGradientConfig(kl_estimator="k2"), "kl_coef", (0.03, 0.1, 0.3)),
+        _sweep(PolicyGradientConfig(kl_estimator="k2"), "kl_coef", (0.1, 0.3, 1.0)),
     ),
     "grpo_entropy": Arm(
         "GRPO unclipped + entropy",
         "control",
-        _sweep(_UNCLIPPED, "entropy_coef", (0.003, 0.03, 0.1)),
+        _sweep(_UNCLIPPED, "entropy_coef", (0.03, 0.1, 0.3)),
     ),
     "grpo_unclipped": Arm("FlowRL without its square", "control", {"": _UNCLIPPED}),
 }
 
 # Arms whose staleness is swept, with the setting that it is swept at.
 STALE_ARMS = {
-    "flowrl_balance": "beta=6",
+    "flowrl": "beta=6",
     "flowrl_max": "beta=6",
     "tb_vargrad": "beta=6",
     "rloo_kl": "beta=6",

@@ -42,9 +42,9 @@ from flowrl_jax.tasks.base import nearest
 from flowrl_jax.train import train
 
 DEFAULT_ARMS = (
-    *("grpo:kl_coef=0.001", "dapo:kl_coef=0.001", "dr_grpo:kl_coef=0.001", "gspo:kl_coef=0.001"),
-    *("gmpo:kl_coef=0.001", "cispo:kl_coef=0.001", "prorl:kl_coef=0.001", "rloo_kl:beta=6"),
-    *("flowrl_paper:beta=15", "flowrl_paper:beta=1", "tb_vargrad:beta=6", "flowrl_balance:beta=6"),
+    *("grpo:kl_coef=0.01", "dapo:kl_coef=0.01", "dr_grpo:kl_coef=0.01", "gspo:kl_coef=0.01"),
+    *("gmpo:kl_coef=0.01", "cispo:kl_coef=0.01", "prorl:kl_coef=0.01", "rloo_kl:beta=6"),
+    *("flowrl_paper:beta=15", "flowrl_paper:beta=1", "tb_vargrad:beta=15", "flowrl:beta=15"),
 )
 MEASURES = {  # of `prompt_values`, by the names that the statistics of experiments know
     "accuracy": "pass_at_1",

@@ -13,7 +13,7 @@ from flowrl_jax.experiments.figures import frontier_figure
 from flowrl_jax.experiments.scales import K
 from flowrl_jax.experiments.tables import cell, numbers, write_csv
 
-_OURS = "flowrl_balance"
+_OURS = "flowrl"
 _DISTINCT = f"distinct_{K}"
 _BINS = 10  # of the figure's least accuracy: a tenth
 

@@ -18,7 +18,7 @@ from flowrl_jax.exact.problem import Network, Problem, fit, response_logprobs
 from flowrl_jax.experiments.arms import ARMS
 
 LANES = 9  # runs that are one program
-RATES = (4e-4, 1e-3, 2.5e-3)
+RATES = (1e-3, 2.5e-3, 6e-3)
 _SOLVED = 0.08  # probability of a right answer at the start
 _SKEW = 1.0
 _TEMPERATURES = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)

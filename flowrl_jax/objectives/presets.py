@@ -36,16 +36,16 @@ PRESETS: dict[str, FlowRLConfig | GRPOConfig | PolicyGradientConfig | PPOConfig 
     "flowrl_recipe": FlowRLConfig(
         weight="max", weight_max=10.0, log_z=LogZConfig(pooling="drop_last")
     ),
-    # What we recommend: a beta that leaves room for more than one answer, and a quiet log Z.
-    "flowrl": FlowRLConfig(
+    # What we recommend: it ends at pi_ref exp(beta r) / Z. log Z is the group's, the weights are
+    # the paper's; docs/objective.md and docs/comparison.md have the reasons.
+    "flowrl": dataclasses.replace(_BALANCE, weight="two_sided"),
+    # The published form at a beta that leaves room for more than one answer, and a quiet log Z.
+    "flowrl_per_token": FlowRLConfig(
         beta=1.0,
         weight="max",
         weight_max=10.0,
         log_z=_QUIET_HEAD,
     ),
-    # What theory says matches pi_ref exp(beta r), with the paper's weights: see docs/objective.md
-    # and docs/comparison.md.
-    "flowrl_balance": dataclasses.replace(_BALANCE, weight="two_sided"),
     # The two variants of verl_FlowRL: log Z is 0, and the reference may be the old policy.
     "flowrl_no_z": FlowRLConfig(weight="max", log_z=LogZConfig(kind="zero")),
     "flowrl_old_ref": FlowRLConfig(weight="max", reference="old", log_z=LogZConfig(kind="zero")),
