@@ -14,7 +14,7 @@ from configs import base
 from configs.common import preset_loss
 
 
-def get_config(preset: str = "flowrl") -> ml_collections.ConfigDict:
+def get_config(preset: str = "flowrl_per_token") -> ml_collections.ConfigDict:
     """The stories run.
 
     Args:

@@ -17,11 +17,11 @@ from configs import base
 from configs.common import preset_loss
 
 
-def get_config(objective: str = "flowrl") -> ml_collections.ConfigDict:
+def get_config(objective: str = "flowrl_per_token") -> ml_collections.ConfigDict:
     """The smallest run that uses every part.
 
     Args:
-        objective: "flowrl", or the name of any preset.
+        objective: name of a preset; this one has a log Z that is learned.
     """
     config = base.get_config()
     config.steps = 40

@@ -187,12 +187,13 @@ def test_every_config_file_is_documented():
 def test_presets_are_documented():
     """The table of docs/objective.md is the presets' own values."""
     text = (REPOSITORY / "docs" / "objective.md").read_text(encoding="utf-8")
-    columns = ("flowrl_paper", "flowrl_release", "flowrl_recipe", "flowrl")
+    columns = ("flowrl_paper", "flowrl_release", "flowrl_recipe", "flowrl_per_token", "flowrl")
     assert re.search(
         r"^\| \| " + r".*\| ".join(f"`{name}`" for name in columns), text, re.MULTILINE
     )
     rows = re.findall(r"^\| (.+) \|$", text, re.MULTILINE)
-    table = {row.split(" | ")[0]: row.split(" | ")[1:] for row in rows}
+    # Of fields that later tables have too, the first row.
+    table = {row.split(" | ")[0]: row.split(" | ")[1:] for row in reversed(rows)}
     for i, name in enumerate(columns):
         preset = PRESETS[name]
 
@@ -206,6 +207,8 @@ def test_presets_are_documented():
             wanted = "yes" if getattr(preset.log_z, field) else "no"
             assert cell(f"`log_z.{field}`").startswith(wanted)
         assert float(cell("`log_z.dropout`")) == preset.log_z.dropout
+        assert cell("`reward_norm`").startswith(f"`{preset.reward_norm}`")
+        assert cell("`log_z.kind`") == f"`{preset.log_z.kind}`"
         assert cell("`length_normalize`") == ("yes" if preset.length_normalize else "no")
 
 
@@ -217,7 +220,7 @@ def test_flow_family_is_documented():
     rows = [row for row in rows if row[0].strip("`") in PRESETS]
     family = {name for name, preset in PRESETS.items() if isinstance(preset, FlowRLConfig)}
     assert {row[0].strip("`") for row in rows} == family - {
-        *("flowrl_paper", "flowrl_release", "flowrl_recipe", "flowrl")
+        *("flowrl_paper", "flowrl_release", "flowrl_recipe", "flowrl_per_token")
     }
     for name, _, beta, kappa, norm, kind, weight, besides in rows:
         preset: Any = PRESETS[name.strip("`")]

@@ -188,7 +188,7 @@ def test_log_z_has_a_file_of_its_own():
 
 
 def test_settings_of_another_objective_do_not_describe_log_z(tmp_path):
-    for objective in ("grpo", "flowrl"):
+    for objective in ("grpo", "flowrl_per_token"):
         config = tiny_run(
             objective, **({"loss__log_z__num_layers": 2} if objective != "grpo" else {})
         )

@@ -123,6 +123,11 @@ def run(snippet: Snippet, folder: Path) -> None:
     """Runs a snippet in a folder, with the Python of the tests first on the path."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environment.pop("XLA_FLAGS", None)  # the virtual devices of the tests; a reader has none
+    # What one snippet compiled, the next one reads; none of them is killed while it writes.
+    environment |= {
+        "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    }
     shell = ["bash", "-euo", "pipefail"]
     result = subprocess.run(
         [*(shell if snippet.language == "sh" else [sys.executable]), "-c", snippet.code],

@@ -293,8 +293,8 @@ def test_a_reset_takes_the_reference_along():
     """With a reset before every rollout, FlowRL's penalty holds nothing back but one step."""
     often = dataclasses.replace(TINY, rollouts=60, points=2, reset_every=1)
     never = dataclasses.replace(TINY, rollouts=60, points=2)
-    free = trained("flowrl", often)[0]["kl_to_reference"][-1]
-    held = trained("flowrl", never)[0]["kl_to_reference"][-1]
+    free = trained("flowrl_per_token", often)[0]["kl_to_reference"][-1]
+    held = trained("flowrl_per_token", never)[0]["kl_to_reference"][-1]
     assert (free > held).all()
 
 

@@ -30,7 +30,7 @@ def data_dir(tmp_path_factory) -> str:
     return str(tmp_path_factory.mktemp("data"))
 
 
-def tiny(data_dir: str, preset: str = "flowrl", **sections) -> Config:
+def tiny(data_dir: str, preset: str = "flowrl_per_token", **sections) -> Config:
     """The tiny config with changes, `tiny(data_dir, steps=3, rollout={"group_size": 2})`."""
     config = test_tiny.get_config(preset)
     config.data.data_dir = data_dir
@@ -47,10 +47,10 @@ def deterministic(workdir: Path) -> list[dict]:
 @pytest.mark.parametrize(
     "preset, loss",
     [
-        ("flowrl", {}),
+        ("flowrl_per_token", {}),
         ("flowrl_release", {}),
-        ("flowrl", {"log_z": {"kind": "table"}}),
-        ("flowrl", {"log_z": {"kind": "group"}}),
+        ("flowrl_per_token", {"log_z": {"kind": "table"}}),
+        ("flowrl_per_token", {"log_z": {"kind": "group"}}),
         ("grpo", {"kl_coef": 0.0}),
         pytest.param("gvpo", {}, marks=pytest.mark.slow),
         pytest.param("gflowrl", {}, marks=pytest.mark.slow),

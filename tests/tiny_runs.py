@@ -39,14 +39,14 @@ def scratch() -> Path:
     return Path(folder)
 
 
-def tiny_arguments(objective: str = "flowrl", **changes: Any) -> list[str]:
+def tiny_arguments(objective: str = "flowrl_per_token", **changes: Any) -> list[str]:
     """A command line's words for the tiny config; `loss__beta=5` sets `loss.beta`."""
     changes = {"data__data_dir": scratch() / "data", "metrics__tensorboard": False} | changes
     settings = [f"--config.{k.replace('__', '.')}={v}" for k, v in changes.items()]
     return [f"--config={TINY}:{objective}", *settings]
 
 
-def tiny_run(objective: str = "flowrl", **changes: Any) -> Config:
+def tiny_run(objective: str = "flowrl_per_token", **changes: Any) -> Config:
     """The tiny config with changes; `loss__beta=5` sets `loss.beta`."""
     config, *settings = tiny_arguments(objective, **changes)
     overrides = dict(word.removeprefix("--config.").split("=", 1) for word in settings)

@@ -446,9 +446,7 @@ def test_few_windows_are_detailed_balance_and_long_ones_trajectory_balance():
     run = lambda **fields: subtb_mean(SubTBConfig(weight="unit", **fields), arrays)[0][0]  # noqa: E731
     detailed = run(kind="detailed_balance")
     np.testing.assert_allclose(run(lam=1e-12), detailed, rtol=1e-9)
-    balance = dataclasses.replace(
-        PRESETS["flowrl"], beta=1.0, weight="unit", length_normalize=False, reward_norm="none"
-    )
+    balance = dataclasses.replace(PRESETS["flowrl"], beta=1.0, weight="unit")
     rest = {k: jnp.asarray(v) for k, v in arrays.items()}
     for name in ("values", "old_values", "returns"):
         rest.pop(name)

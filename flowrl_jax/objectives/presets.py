@@ -38,7 +38,9 @@ PRESETS: dict[str, FlowRLConfig | GRPOConfig | PolicyGradientConfig | PPOConfig 
     ),
     # What we recommend: it ends at pi_ref exp(beta r) / Z. log Z is the group's, the weights are
     # the paper's; docs/objective.md and docs/comparison.md have the reasons.
-    "flowrl": dataclasses.replace(_BALANCE, weight="two_sided"),
+    "flowrl": dataclasses.replace(
+        _BALANCE, weight="two_sided", log_z=dataclasses.replace(_QUIET_HEAD, kind="group")
+    ),
     # The published form at a beta that leaves room for more than one answer, and a quiet log Z.
     "flowrl_per_token": FlowRLConfig(
         beta=1.0,
