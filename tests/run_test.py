@@ -1,19 +1,14 @@
-"""Whole runs of the commands: what they write, what they compile, and that a kill loses nothing."""
+"""Whole runs of the commands: what they write and what they compile."""
 
 import dataclasses
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from configs import test_tiny
-from flowrl_jax import cli, sample
+from flowrl_jax import sample
 from flowrl_jax.checkpoint import restore_host
 from flowrl_jax.config import Config, parse_config
 from flowrl_jax.evaluate import evaluate
@@ -21,8 +16,6 @@ from flowrl_jax.metrics import read_metrics
 from flowrl_jax.sft import sft
 from flowrl_jax.train import train
 from tests.tiny_runs import warmup
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -143,72 +136,3 @@ def test_warm_up_then_train_evaluate_and_sample(data_dir, tmp_path, monkeypatch,
     record = json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[0])
     assert len(record["responses"]) == config.eval.samples
     assert sample.main(["--help"]) == 0
-
-
-def start_run(workdir: Path, data_dir: str, *extra: str) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        "-m",
-        "flowrl_jax.train",
-        "--config=configs/test_tiny.py",
-        f"--workdir={workdir}",
-        f"--config.data.data_dir={data_dir}",
-        "--config.steps=12",
-        "--config.checkpoint.every=2",
-        "--config.eval.every=6",
-        "--config.train.updates_per_rollout=2",
-        "--config.train.epochs=2",
-        *extra,
-    ]
-    environment = os.environ | {"XLA_FLAGS": ""}
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
-    deadline = time.monotonic() + 240
-    file = workdir / "metrics.jsonl"
-    while time.monotonic() < deadline and process.poll() is None:
-        if file.exists() and len(file.read_text().splitlines()) >= step:
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"step {step} was not reached: {process.communicate()[1]}")
-
-
-def checkpoint_digests(workdir: Path) -> dict:
-    folder = sorted((workdir / "checkpoints").glob("[0-9]*"), key=lambda p: int(p.name))[-1]
-    record = json.loads((folder / "host" / "metadata").read_text())
-    return {path: leaf["digest"] for path, leaf in record["leaves"].items()}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "kill_at, sent", [(3, signal.SIGKILL), (7, signal.SIGKILL), (5, signal.SIGTERM)]
-)
-def test_a_stopped_run_continues_as_if_it_had_not(tmp_path, data_dir, whole_run, kill_at, sent):
-    workdir = tmp_path / "stopped"
-    process = start_run(workdir, data_dir)
-    wait_for_step(process, workdir, kill_at)
-    process.send_signal(sent)
-    process.communicate(timeout=240)
-    assert process.returncode == (-9 if sent == signal.SIGKILL else cli.PREEMPTED)
-    again = start_run(workdir, data_dir, "--resume")
-    _, errors = again.communicate(timeout=240)
-    assert again.returncode == 0, errors
-    assert deterministic(workdir) == deterministic(whole_run)
-    assert checkpoint_digests(workdir) == checkpoint_digests(whole_run)
-
-
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory, data_dir) -> Path:
-    workdir = tmp_path_factory.mktemp("whole") / "run"
-    process = start_run(workdir, data_dir)
-    _, errors = process.communicate(timeout=400)
-    assert process.returncode == 0, errors
-    return workdir
