@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from flowrl_jax.datasets import rows
+from flowrl_jax.datasets import rows, verl
 from flowrl_jax.errors import InputError
 from flowrl_jax.tasks.base import nearest
 
@@ -74,6 +74,7 @@ _GSM8K = ("openai/grade-school-math", "3101c7d5072418e28b9008a6636bde82a006892c"
 _QWEN_MATH = ("QwenLM/Qwen2.5-Math", "a45202bd16f1ec06f433442dc1152d0074773465")
 _RLLM = ("agentica-project/rllm", "874daa4acb7f451dc2a4b2b6e8ce28f5aa88d1f5")
 _TINYZERO = ("Jiayi-Pan/TinyZero", "c5cdbbe253b9db880f3e7ff17a161cbd0d8b42b0")
+_FLOWRL = "xuekai/flowrl-data-collection"
 _DEEPCODER = "agentica-org/DeepCoder-Preview-Dataset"
 
 _MATH: Mapping[str, Source] = {
@@ -181,6 +182,13 @@ _CODE: Mapping[str, Source] = {
             "test": _hub(_DEEPCODER, *_parts("lcbv5/test", 8)),
         },
         rows.contest("deepcoder"),
+    ),
+    "flowrl_code": Source(
+        {
+            "train": _hub(_FLOWRL, *_parts("code_data/deepcoder_train", 5)),
+            "test": _hub(_FLOWRL, *_parts("code_data/test_livecodebench", 5)),
+        },
+        verl.code_problem(),
     ),
     "humaneval": Source(
         {

@@ -13,7 +13,8 @@ import tensorflow_datasets as tfds
 
 from flowrl_jax.datasets import catalog, download, files
 from flowrl_jax.datasets.cleaning import Cleaner, Cleaning, Evaluation
-from flowrl_jax.datasets.rows import Row, RowFunction
+from flowrl_jax.datasets.rows import NO_TESTS, Row, RowFunction
+from flowrl_jax.datasets.verl import tests_text
 from flowrl_jax.errors import InputError
 from flowrl_jax.tasks.base import make_config
 
@@ -36,6 +37,9 @@ class PromptsData:
         prompt_field: of your own files: field with the prompt, text or chat messages whose
             contents are joined. "a.b" is field b within a.
         answer_field: field with the answer the task judges by; empty where the files have none.
+        tests_field: field with the tests of code problems, which every row then has in `tests`, in
+            a form that `rewards.code.parse` reads; answer_field is not read then. Empty where the
+            files have none, or have them in `tests`.
         columns: other fields of the row -> fields of your own files, as pairs or a mapping; fields
             that are not named keep their names.
         deduplicate: whether of rows of train with one prompt only the first stays.
@@ -52,6 +56,7 @@ class PromptsData:
     test_sha256: str = ""
     prompt_field: str = "prompt"
     answer_field: str = "answer"
+    tests_field: str = ""
     columns: tuple[tuple[str, str], ...] = ()
     deduplicate: bool = True
     decontaminate: tuple[str, ...] = ()
@@ -317,7 +322,7 @@ def own_rows(data: PromptsData) -> RowFunction:
     answer, or uses a name of RESERVED_FIELDS.
     """
 
-    def row(record: files.Record, split: str) -> Row:
+    def row(record: files.Record, split: str) -> Row | str:
         del split
         extra = dict(record.fields)
         prompt = files.prompt_text(record, data.prompt_field)
@@ -325,7 +330,7 @@ def own_rows(data: PromptsData) -> RowFunction:
             raise InputError(f"{record.place}: {data.prompt_field!r} is empty; give a prompt")
         extra.pop(data.prompt_field, None)
         answer = ""
-        if data.answer_field:
+        if data.answer_field and not data.tests_field:
             value = files.field(record, data.answer_field)
             if value is None:
                 raise InputError(f"{record.place}: {data.answer_field!r} is null; give an answer")
@@ -335,6 +340,13 @@ def own_rows(data: PromptsData) -> RowFunction:
             extra[name] = files.field(record, column)
             if name != column:
                 extra.pop(column, None)
+        if data.tests_field:
+            source = str(extra.get("data_source") or "")
+            tests = tests_text(record, data.tests_field, source)
+            if tests is None:
+                return NO_TESTS
+            # Tests may be megabytes: once is enough.
+            extra = {**_without(extra, data.tests_field), "tests": tests}
         for name in extra:
             if name in (*RESERVED_FIELDS, "prompt", "answer"):
                 raise InputError(f"{record.place}: field {name!r} is taken; rename it")
@@ -342,6 +354,14 @@ def own_rows(data: PromptsData) -> RowFunction:
         return {**extra, "prompt": prompt, "answer": answer}
 
     return row
+
+
+def _without(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Fields less the one of a name, "a.b" being b within a."""
+    outer, _, inner = name.partition(".")
+    if name in fields or not inner or not isinstance(fields.get(outer), dict):
+        return {key: value for key, value in fields.items() if key != name}
+    return {**fields, outer: _without(fields[outer], inner)}
 
 
 def _json(value: Any, record: files.Record) -> str:

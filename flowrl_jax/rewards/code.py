@@ -13,6 +13,7 @@ other than 0 fails.
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import json
 import re
@@ -132,22 +133,17 @@ def parse(truth: Any, source: str = "") -> Tests:
         truth: JSON or what JSON holds: `{"inputs", "outputs", "fn_name"?}` (TACO);
             `[{"input", "output", "type" or "testtype", ...}]` (PrimeIntellect, LiveCodeBench,
             Codeforces); `{"test", "entry_point"}` (HumanEval and HumanEval+); a list of assertions
-            (MBPP); what `dump` wrote. Text that is no JSON is test code.
+            (MBPP); what `dump` wrote. Text that is no JSON, or JSON of a text, is test code.
         source: the data set's name, lower case; decides the time and the number of tests.
 
     Raises:
         InputError: it is none of these, or has no tests.
     """
     if isinstance(truth, str):
-        try:
+        with contextlib.suppress(ValueError):  # code, then
             truth = json.loads(truth)
-        except ValueError:
-            if "assert" not in truth:
-                raise InputError(
-                    f"tests {truth[:60]!r}: neither JSON nor code that asserts; see docs/rewards.md"
-                    " for the forms that tests have"
-                ) from None
-            truth = [truth]
+    if isinstance(truth, str):
+        truth = [_asserting(truth)]
     seconds = SECONDS.get(source, 0.0)
     if isinstance(truth, Mapping) and "kind" in truth:
         return _load(truth)
@@ -164,6 +160,22 @@ def parse(truth: Any, source: str = "") -> Tests:
     raise InputError(
         f"tests {str(truth)[:60]!r}: of no known form; see docs/rewards.md for those there are"
     )
+
+
+def _asserting(text: str) -> str:
+    """Returns test code that does test something when it is run."""
+    require(
+        "assert" in text,
+        f"tests {text[:60]!r}: neither JSON nor code that asserts; see docs/rewards.md for the"
+        " forms that tests have",
+    )
+    require(
+        not re.search(r"^def check\(", text, re.MULTILINE)
+        or bool(re.search(r"^\s*check\(", text, re.MULTILINE)),
+        f"tests {text[:60]!r}: define check and do not call it, so that any program passes; give"
+        ' JSON with "test" and "entry_point"',
+    )
+    return text
 
 
 def dump(tests: Tests) -> str:
