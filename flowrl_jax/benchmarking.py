@@ -57,6 +57,11 @@ def benchmark_config(config: Config, benchmark: Benchmark) -> Config:
     )
 
 
+def samples_path(out: str | Path, name: str) -> Path:
+    """The file of a benchmark's samples in the folder of an evaluation."""
+    return Path(out) / f"{name}.jsonl"
+
+
 def run_benchmarks(
     config: Config, run: str, chosen: Mapping[str, Benchmark], out: Path
 ) -> dict[str, list[dict[str, Any]]]:
@@ -83,7 +88,7 @@ def run_benchmarks(
         settings = benchmark_config(config, benchmark)
         own = dataclasses.replace(parts, config=settings, task=build(settings.task))
         evaluator = Evaluator(own, settings.eval)
-        file = SampleFile(out / f"{name}.jsonl", _stamp(own, name, run, step))
+        file = SampleFile(samples_path(out, name), _stamp(own, name, run, step))
         todo.append((name, own, evaluator, file, file.completed(evaluator)))
     left = [entry for entry in todo if entry[-1] < entry[2].num_prompts]
     policy = load_run_policy(parts, run) if left else None

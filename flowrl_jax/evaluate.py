@@ -19,12 +19,14 @@ from absl import flags
 
 from flowrl_jax import cli
 from flowrl_jax.assembly import assemble, configure_jax, load_run_policy, reference_of
-from flowrl_jax.benchmarking import run_benchmarks
+from flowrl_jax.benchmarking import run_benchmarks, samples_path
 from flowrl_jax.config import Config
 from flowrl_jax.distributed import define_flags, join
 from flowrl_jax.errors import InputError, require
 from flowrl_jax.evaluation import Summary, summarize
 from flowrl_jax.evaluation.benchmarks import Benchmark, benchmarks
+from flowrl_jax.evaluation.codeforces import load_standings
+from flowrl_jax.evaluation.further import further_figures
 from flowrl_jax.evaluation.results import benchmark_values, render_benchmarks, summarize_benchmarks
 from flowrl_jax.evaluator import Evaluator
 from flowrl_jax.graded import samples_from_records, write_records
@@ -82,18 +84,31 @@ def _on_benchmarks(config: Config, run: str, values: flags.FlagValues) -> None:
     for name, benchmark in benchmarks(str(values["benchmarks"].value)).items():
         sampling = dataclasses.replace(benchmark.sampling, **changes)
         chosen[name] = dataclasses.replace(benchmark, sampling=sampling)
+    folder = str(values["codeforces"].value)
+    require(
+        not folder or "codeforces" in chosen,
+        f"--codeforces={folder}: goes with --benchmarks=codeforces; add it, or leave the flag out",
+    )
+    standings = load_standings(folder) if folder else None
     records = run_benchmarks(config, run, chosen, Path(out))
     if jax.process_index() != 0:
         return
     figures = {name: benchmark_values(found) for name, found in records.items()}
+    samples = {name: samples_path(out, name) for name in records}
+    further = further_figures(records, samples, standings)
     summary = summarize_benchmarks(figures)
+    for name, found in further.summary.items():
+        summary[name] |= found
     print(render_table(summary))
-    paper = render_benchmarks(figures, Path(run).name or "policy")
+    for note in further.notes:
+        print(note)
+    paper = render_benchmarks(figures, Path(run).name or "policy", more=further.columns)
     if paper:
         print(f"\n{paper}")
     if values["json"].value:
         settings = {name: found[0]["settings"] for name, found in records.items()}
-        text = json.dumps({"benchmarks": summary, "settings": settings}, indent=2)
+        kept = {"benchmarks": summary, "settings": settings, "notes": further.notes}
+        text = json.dumps(kept, indent=2)
         Path(values["json"].value).write_text(text + "\n", encoding="utf-8")
 
 
@@ -105,6 +120,9 @@ def _benchmark_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("samples", None, f"per prompt, {what}", flag_values=values)
     flags.DEFINE_float("temperature", None, what, flag_values=values)
     flags.DEFINE_float("top_p", None, what, flag_values=values)
+    flags.DEFINE_string(
+        "codeforces", "", "folder of standings; see docs/evaluation.md", flag_values=values
+    )
     flags.DEFINE_integer("top_k", None, f"{what}, all tokens", flag_values=values)
 
 
@@ -137,9 +155,8 @@ def main(arguments: list[str] | None = None) -> int:
         if values["benchmarks"].value:
             _on_benchmarks(config, run, values)
             return
-        unused = [
-            n for n in ("samples", "temperature", "top_p", "top_k") if values[n].value is not None
-        ]
+        names = ("samples", "temperature", "top_p", "top_k", "codeforces")
+        unused = [name for name in names if values[name].value not in (None, "")]
         require(
             not unused,
             f"--{unused[0] if unused else ''} goes with --benchmarks: name some, or set"

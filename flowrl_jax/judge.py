@@ -8,7 +8,6 @@ command that is started again goes on where it stopped, and tries again what fai
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import sys
@@ -22,17 +21,11 @@ from flowrl_jax.evaluation.judge import (
     Judge,
     JudgeConfig,
     Judgement,
-    order,
-    question,
     summarize_scores,
 )
+from flowrl_jax.evaluation.judgements import judge_tasks, scores_path
 from flowrl_jax.graded import read_records
 from flowrl_jax.progress import Progress
-
-
-def prompt_key(record: Mapping[str, Any]) -> str:
-    """What tells the prompts of a file of samples apart."""
-    return f"{record.get('benchmark', '')}/{record['prompt_id']}"
 
 
 class Scores:
@@ -126,7 +119,7 @@ def judge_samples(
         InputError: a record lacks a field or has too few responses, or the server refuses the key,
             model or address; or no judgement succeeded.
     """
-    tasks = list(_tasks(records, config))
+    tasks = list(judge_tasks(records, config))
     waiting = [task for task in tasks if not scores.scored(task)]
     with (
         Progress(len(tasks), "judge", initial=len(tasks) - len(waiting), unit="call") as progress,
@@ -160,32 +153,6 @@ def _start(
     """Keeps as many calls going as may: what has not begun need not be cancelled."""
     while len(running) < parallel and (task := next(iter(queue), None)) is not None:
         running[pool.submit(judge, task["question"])] = task
-
-
-def _tasks(records: Sequence[Mapping[str, Any]], config: JudgeConfig) -> Iterable[dict[str, Any]]:
-    keys: set[str] = set()
-    for number, record in enumerate(records):
-        missing = [name for name in ("prompt_id", "prompt", "responses") if name not in record]
-        require(
-            not missing,
-            f"sample record {number} lacks {', '.join(missing)}: give the file that `evaluate"
-            " --out` writes",
-        )
-        key = prompt_key(record)
-        require(key not in keys, f"prompt {key} occurs twice in the samples: judge one run")
-        keys.add(key)
-        responses = record["responses"]
-        for repeat in range(config.repeats):
-            places = order(config.seed, key, repeat, len(responses))
-            text = question(record["prompt"], [responses[i] for i in places], config.cut)
-            asked = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
-            yield {
-                "key": key,
-                "repeat": repeat,
-                "order": places,
-                "question": text,
-                "asked": asked,
-            }
 
 
 def _record(task: Mapping[str, Any], judgement: Judgement) -> dict[str, Any]:
@@ -231,7 +198,7 @@ def _run(options: argparse.Namespace) -> None:
         " server's key, or leave the flag out",
     )
     records = read_records(options.samples)
-    scores = Scores(Path(options.scores or f"{options.samples}.judge.jsonl"), config)
+    scores = Scores(Path(options.scores or scores_path(options.samples)), config)
     summary = judge_samples(records, config, scores, Judge(config, key), options.parallel)
     score = summary["score"]
     print(

@@ -107,20 +107,25 @@ def summarize_benchmarks(values: Values, *, seed: int = 0) -> dict[str, Summary]
 
 
 def paper_columns(
-    values: Values, columns: Sequence[str], *, seed: int = 0
-) -> dict[str, dict[str, float]]:
+    values: Values,
+    columns: Sequence[str],
+    *,
+    more: Mapping[str, Mapping[str, float]] | None = None,
+    seed: int = 0,
+) -> dict[str, Mapping[str, float]]:
     """The figures of ours that belong into a table of the paper.
 
     Args:
         values: as `Values`.
         columns: of the table.
+        more: column -> figure, of those that do not follow from `values`.
         seed: of the bootstrap over prompts.
 
     Returns:
         Column -> {"mean", "low", "high"} of Avg@n, of pass@16 where the column's name ends so, and
         of the average where all other columns are there.
     """
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, Mapping[str, float]] = {}
     averages: list[np.ndarray] = []
     for column in columns:
         benchmark = column.removesuffix("_pass_at_16")
@@ -131,15 +136,23 @@ def paper_columns(
             averages.append(own[name])
     if "average" in columns and len(found) == len(columns) - 1:
         found["average"] = macro_average(averages, seed=seed)
-    return found
+    return found | {name: each for name, each in (more or {}).items() if name in columns}
 
 
-def render_benchmarks(values: Values, label: str, *, markdown: bool = False, seed: int = 0) -> str:
+def render_benchmarks(
+    values: Values,
+    label: str,
+    *,
+    more: Mapping[str, Mapping[str, float]] | None = None,
+    markdown: bool = False,
+    seed: int = 0,
+) -> str:
     """Our figures in the layout of the paper's tables that have one of our benchmarks.
 
     Args:
         values: as `Values`.
         label: of our row.
+        more: as `paper_columns` takes them.
         markdown: instead of plain text.
         seed: of the bootstrap over prompts.
 
@@ -147,8 +160,8 @@ def render_benchmarks(values: Values, label: str, *, markdown: bool = False, see
         Tables with an empty line between; empty where the paper has none of the benchmarks.
     """
     shown = []
-    for name in ("math_7b", "math_32b", "code_7b"):
-        ours = paper_columns(values, TABLES[name].columns, seed=seed)
+    for name in ("math_7b", "math_32b", "code_7b", "diversity_7b"):
+        ours = paper_columns(values, TABLES[name].columns, more=more, seed=seed)
         if ours:
             shown.append(render_paper_table(TABLES[name], {label: ours}, markdown=markdown))
     return "\n\n".join(shown)

@@ -17,6 +17,7 @@ _TABLE = (
     r"pass_at_\d+",
     r"maj_at_\d+",
     r"distinct_correct_\d+",
+    "judge_score",
     "mean_length",
     "truncated_fraction",
 )

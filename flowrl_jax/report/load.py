@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from flowrl_jax.errors import InputError, require
-from flowrl_jax.evaluation import bootstrap, summarize
+from flowrl_jax.evaluation import Summary, bootstrap, summarize
+from flowrl_jax.evaluation.judgements import read_judged, scores_path
 from flowrl_jax.evaluation.results import graded_values
 from flowrl_jax.graded import read_records, samples_from_records
 from flowrl_jax.log_z_points import read_points
@@ -76,7 +77,7 @@ def load(paths: Sequence[str | Path], *, problems: int = PROBLEMS) -> ReportData
     results = dict(fields.pop("results", {}))
     for evaluation, policies in sources.items():
         light = {policy: list(_light(path)) for policy, path in policies.items()}
-        evaluations[evaluation] = _evaluation(light, evaluation)
+        evaluations[evaluation] = _evaluation(light, evaluation, _judged(policies))
         samples += _groups(policies, _chosen(light, evaluation, problems), evaluation)
         if evaluation == HELD_OUT:
             for policy in [name for name in light if name not in results]:
@@ -298,7 +299,18 @@ def _key(record: Record, evaluation: str) -> _Key:
     return record["prompt_id"], str(record.get("prompt", "")) if evaluation == HELD_OUT else ""
 
 
-def _evaluation(found: _Records, evaluation: str) -> Evaluation:
+def _judged(files: Mapping[str, Path]) -> dict[str, Summary]:
+    """The judge's score of each policy whose samples were judged."""
+    found = {}
+    for policy, path in files.items():
+        # Whole records are read only where there are judgements, which are of the responses.
+        judged = read_judged(path, _completed(path)) if scores_path(path).is_file() else None
+        if judged and len(judged.scores):
+            found[policy] = bootstrap({"judge_score": judged.scores})
+    return found
+
+
+def _evaluation(found: _Records, evaluation: str, more: Mapping[str, Summary]) -> Evaluation:
     rates: dict[str, dict[_Key, float]] = {}
     for policy, records in found.items():
         rates[policy] = {
@@ -309,7 +321,10 @@ def _evaluation(found: _Records, evaluation: str) -> Evaluation:
         problems=[number for number, _ in keys],
         rates={name: [each.get(key, math.nan) for key in keys] for name, each in rates.items()},
         samples={name: len(records[0]["correct"]) for name, records in found.items()},
-        figures={name: bootstrap(graded_values(records)) for name, records in found.items()},
+        figures={
+            name: bootstrap(graded_values(records)) | more.get(name, {})
+            for name, records in found.items()
+        },
     )
 
 

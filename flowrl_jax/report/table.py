@@ -33,6 +33,13 @@ _HEADINGS: tuple[tuple[str, str, str], ...] = (
     (r"self_bleu", "self-BLEU", "likeness of a prompt's responses; low is diverse"),
     (r"vendi", "Vendi score", "effective number of different responses, by their n-grams"),
     (r"answer_entropy", "answer entropy", "of a prompt's answers, right or wrong, in nats"),
+    (
+        r"judge_score",
+        "judged diversity",
+        "from 1 to 5, how varied a language model finds a prompt's responses",
+    ),
+    (r"rating", "Codeforces rating", "mean over contests of the rating that earns the place"),
+    (r"percentile", "percentile", "share of people with a lower rating"),
     (r"coverage", "coverage", "Good-Turing share of correct mass on solutions already seen"),
 )
 
