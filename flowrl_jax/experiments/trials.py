@@ -18,6 +18,8 @@ from flowrl_jax.exact.problem import Network, Problem, fit, response_logprobs
 from flowrl_jax.experiments.arms import ARMS
 
 LANES = 9  # runs that are one program
+# Programs that a process keeps: each has hundreds of memory mappings, and Linux allows 65,530.
+_PROGRAMS = 16
 RATES = (1e-3, 2.5e-3, 6e-3)
 _SOLVED = 0.08  # probability of a right answer at the start
 _SKEW = 1.0
@@ -115,6 +117,9 @@ def run_trial(trial: Trial, workdir: str) -> str:
     )
     keys = jnp.stack([jax.random.key(seed) for _ in trial.rates for seed in trial.seeds])
     rates = jnp.repeat(jnp.array(trial.rates, jnp.float32), len(trial.seeds))
+    if _program.cache_info().currsize == _PROGRAMS:
+        _program.cache_clear()
+        jax.clear_caches()
     run = _program(ARMS[trial.arm].settings[trial.setting], config)
     measured = parts[trial.part]
     prior = response_logprobs(_POLICY, reference, measured)
