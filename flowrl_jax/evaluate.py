@@ -120,10 +120,10 @@ def _benchmark_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("samples", None, f"per prompt, {what}", flag_values=values)
     flags.DEFINE_float("temperature", None, what, flag_values=values)
     flags.DEFINE_float("top_p", None, what, flag_values=values)
+    flags.DEFINE_integer("top_k", None, f"{what}, all tokens", flag_values=values)
     flags.DEFINE_string(
         "codeforces", "", "folder of standings; see docs/evaluation.md", flag_values=values
     )
-    flags.DEFINE_integer("top_k", None, f"{what}, all tokens", flag_values=values)
 
 
 def main(arguments: list[str] | None = None) -> int:

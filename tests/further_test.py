@@ -1,7 +1,6 @@
 """A rating and a judge's scores reach the tables of an evaluation, from files alone."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +11,11 @@ from flowrl_jax.errors import InputError
 from flowrl_jax.evaluation import codeforces, judgements
 from flowrl_jax.evaluation.further import further_figures
 from flowrl_jax.evaluation.judge import JudgeConfig
+from flowrl_jax.evaluation.paper_table import TABLES
+from flowrl_jax.evaluation.results import paper_columns
 from flowrl_jax.graded import read_records, write_records
 from flowrl_jax.report.page import page
+from tests.tiny_runs import tiny_arguments
 
 N = 16
 CONFIG = JudgeConfig(endpoint="http://localhost:1/v1", model="stand-in", repeats=2)
@@ -241,11 +243,9 @@ def test_command_prints_and_writes_both(judged, folder, tmp_path, monkeypatch, c
         name: read_records(out / f"{name}.jsonl") for name in chosen
     }
     monkeypatch.setattr(command, "run_benchmarks", read)
-    flags = {"benchmarks": "aime24,aime25,codeforces", "codeforces": str(folder), "run": "",
-             "out": str(judged), "json": str(tmp_path / "a.json")}  # fmt: skip
-    more = dict.fromkeys(("samples", "temperature", "top_p", "top_k"))
-    values = {name: SimpleNamespace(value=value) for name, value in {**flags, **more}.items()}
-    command._on_benchmarks(SimpleNamespace(), "", values)
+    names = "--benchmarks=aime24,aime25,codeforces"
+    words = [*tiny_arguments(), f"--out={judged}", f"--json={tmp_path}/a.json"]
+    assert command.main([*words, names, f"--codeforces={folder}"]) == 0
     shown = capsys.readouterr().out
     summary = json.loads((tmp_path / "a.json").read_text())
     rating = summary["benchmarks"]["codeforces"]["rating"]
@@ -258,12 +258,19 @@ def test_command_prints_and_writes_both(judged, folder, tmp_path, monkeypatch, c
     assert "judged diversity" in shown and "without standings: 30" in shown
     assert len(summary["notes"]) == 3
     # Without the folder there is no rating, and that is said.
-    values["codeforces"].value = ""
-    command._on_benchmarks(SimpleNamespace(), "", values)
+    assert command.main([*words, names]) == 0
     assert "no rating without --codeforces" in capsys.readouterr().out
-    values["benchmarks"].value, values["codeforces"].value = "aime24", str(folder)
-    with pytest.raises(InputError, match="goes with --benchmarks=codeforces"):
-        command._on_benchmarks(SimpleNamespace(), "", values)
+    assert command.main([*words, "--benchmarks=aime24", f"--codeforces={folder}"]) == 2
+    assert "goes with --benchmarks=codeforces" in capsys.readouterr().err
+
+
+def test_figures_of_both_kinds_share_a_row():
+    values = {"humanevalplus": {"avg_at_16": np.array([0.0, 1.0])}}
+    interval = {"mean": 1500.0, "low": 1400.0, "high": 1600.0}
+    more = {"codeforces_rating": interval, "judge_score": interval}
+    found = paper_columns(values, TABLES["code_7b"].columns, more=more)
+    assert list(found) == ["humanevalplus", "codeforces_rating"]
+    assert found["codeforces_rating"] == interval
 
 
 def test_report_shows_the_score_of_a_judge(judged):

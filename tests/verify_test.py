@@ -369,7 +369,8 @@ def test_gigantic_response(name, verifier):
         # of a thread's own times is the same on a slow machine and on a busy one.
         assert most < 20 * least + 0.01, (form, least, most)
     judgement = verifier.judge(f"\\boxed{{{text(GIGANTIC)}}}", "5")
-    assert judgement.outcome == ("wrong" if name == "spaces" else "limit")
+    # Spaces alone are no long answer and reach the worker, which a busy machine may keep waiting.
+    assert judgement.outcome in (("wrong", "timeout") if name == "spaces" else ("limit",))
 
 
 def test_stuck_answers_do_not_delay_others(hasty):
