@@ -53,7 +53,6 @@ def test_processes_are_one_evaluation(tmp_path):
     assert len({text for record in records for text in record["responses"]}) > 16
     # Cut off in the second batch, and begun again.
     whole, table = file.read_bytes(), json.loads(two.with_suffix(".json").read_text())
-    assert table["benchmarks"]["countdown"]["avg_at_4"]["mean"] < 1
     file.write_bytes(whole[: len(whole) * 3 // 4])
     run_together(tmp_path / "programs", (two, 2))
     assert file.read_bytes() == whole

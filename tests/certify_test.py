@@ -14,6 +14,7 @@ SMALL = {"vocabulary": 5, "length": 3, "rollouts": 1200, "groups": 16}
 @pytest.mark.parametrize(
     ("preset", "beta", "target"),
     [
+        ("flowrl", 6.0, "gibbs"),
         ("tb", 4.0, "gibbs"),
         ("tb_vargrad", 4.0, "gibbs"),
         ("ftb_forward_kl", 2.0, "gibbs"),

@@ -112,6 +112,7 @@ def test_all_rows_are_rated_or_none(folder):
         ("problems.json", "{}", "is no list of problems"),
         ("problems.json", '["10A", "tenB"]', "entry 1 is 'tenB'"),
         ("problems.json", '["99A"]', "has none of the contests"),
+        ("problems.json", '["10A", "11A", "10A"]', "has 10A twice"),
         ("ratings.json", "[1500]", "ratings.json does not say how many"),
         ("contests.json", "[]", "contests.json is not a list of contests"),
     ],
@@ -224,6 +225,8 @@ def test_judgements_of_other_responses_do_not_count(judged):
         (0, "no judge", "line 1 has no settings of a judge"),
         (0, json.dumps(CONFIG.record() | {"question": "?"}), "another version .question differ"),
         (2, '{"key": "/0"}', "line 3 is no judgement"),
+        (2, '{"key": "/0", "repeat": 0, "asked": "", "score": NaN}', "line 3 is no judgement"),
+        (2, '{"key": [], "repeat": 0, "asked": "", "score": 3}', "line 3 is no judgement"),
     ],
 )
 def test_damaged_judgements_name_file_and_line(judged, line, content, message):

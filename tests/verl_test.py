@@ -28,6 +28,7 @@ PAIRS = {"inputs": ["3\n", "4\n"], "outputs": ["9\n", "16\n"]}
 CALLS = [{"input": "3", "output": "9", "testtype": "functional", "metadata": {"func_name": "f"}}]
 SQUARE = "n = int(input())\nprint(n * n)"
 FUNCTION = "def f(n):\n    return n * n"
+IDLE = "def check(f):\n    assert f(1)"
 # What a ground truth may be, its source, and a program that passes it.
 TRUTHS = {
     "pairs": (json.dumps(PAIRS), "taco", SQUARE),
@@ -35,6 +36,7 @@ TRUTHS = {
     "livecodebench": (json.dumps(CALLS), "livecodebench", FUNCTION),
     "assertions": (json.dumps(["assert f(3) == 9", "assert f(-1) == 1"]), "own", FUNCTION),
     "code": ("def check(g):\n    assert g(3) == 9\n\ncheck(f)\n", "humanevalplus", FUNCTION),
+    "call within": (f"{IDLE} == 1\n\nfor g in (f,): check(g)\n", "humanevalplus", FUNCTION),
     "text of code": (json.dumps("assert f(3) == 9"), "humanevalplus", FUNCTION),
 }
 
@@ -106,7 +108,10 @@ def test_code_rows_by_other_names(tmp_path):
             {"reward_model": {"ground_truth": json.dumps([{**CALLS[0], "metadata": {}}])}},
             "no metadata.func_name",
         ),
-        ({"reward_model": {"ground_truth": "def check(f):\n    assert f(1)"}}, "do not call it"),
+        *(
+            ({"reward_model": {"ground_truth": truth}}, "do not call it")
+            for truth in (IDLE, json.dumps([IDLE]), json.dumps({"test": IDLE}))
+        ),
         ({"reward_model": {"style": "rule"}}, "no field 'reward_model.ground_truth'"),
         ({"data_source": None}, "'data_source'=None"),
         ({"prompt": 3}, "'prompt' is neither text nor"),

@@ -69,8 +69,8 @@ def tests_text(record: Record, name: str, source: str = "") -> str | None:
     value = field(record, name)
     if _empty(value):
         return None
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     try:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         code.parse(text, source.lower())
     except _UNUSABLE as error:
         cause = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"

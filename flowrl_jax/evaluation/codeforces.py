@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,8 @@ def load_standings(folder: str | Path) -> Standings:
     if not isinstance(names, list) or not names:
         raise InputError(f'{folder / PROBLEMS} is no list of problems: write ["1971A", ...]')
     problems = [_problem(folder, row, name) for row, name in enumerate(names)]
+    most, times = Counter(problems).most_common(1)[0]
+    require(times == 1, f"{folder / PROBLEMS} has {''.join(most)} twice: give each row its own")
     contests = {contest.name: contest for contest in load_contests(folder / CONTESTS)}
     require(
         any(contest in contests for contest, _ in problems),

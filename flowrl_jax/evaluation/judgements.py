@@ -165,10 +165,11 @@ def _config(path: Path, line: str) -> JudgeConfig:
 def _judgement(path: Path, number: int, line: str) -> tuple[tuple[str, int], dict[str, Any]]:
     try:
         record = json.loads(line)
-        key = record["key"], record["repeat"]
-        _ = record["asked"], None if record["score"] is None else float(record["score"])
+        key, score = (record["key"], record["repeat"]), record["score"]
+        hash(key), record["asked"]
+        require(score is None or score in range(1, 6), "no score")
         return key, record
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, InputError):
         raise InputError(
             f"{path} line {number} is no judgement: remove it, or judge again into a new file"
         ) from None

@@ -43,7 +43,7 @@ from flowrl_jax.train import train
 
 DEFAULT_ARMS = (
     *("grpo:kl_coef=0.01", "dapo:kl_coef=0.01", "dr_grpo:kl_coef=0.01", "gspo:kl_coef=0.01"),
-    *("gmpo:kl_coef=0.01", "cispo:kl_coef=0.01", "prorl:kl_coef=0.01", "rloo_kl:beta=6"),
+    *("gmpo:kl_coef=0.01", "cispo:kl_coef=0.01", "prorl:kl_coef=0.01", "rloo_kl:beta=15"),
     *("flowrl_paper:beta=15", "flowrl_paper:beta=1", "tb_vargrad:beta=15", "flowrl:beta=15"),
 )
 MEASURES = {  # of `prompt_values`, by the names that the statistics of experiments know

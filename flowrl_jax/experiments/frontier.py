@@ -80,6 +80,7 @@ def _run(options: argparse.Namespace) -> None:
     tasks = _names("--tasks", options.tasks, TASKS)
     arms = _names("--arms", options.arms, ARMS) or list(_SMOKE_ARMS if options.smoke else ARMS)
     require(options.workers >= 1, f"--workers={options.workers}: give 1 or more")
+    compared = _committed(options.compare) if options.compare else None
     workdir = Path(options.workdir)
     (workdir / "trials").mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
@@ -91,12 +92,12 @@ def _run(options: argparse.Namespace) -> None:
         chosen = _chosen(tasks, arms, workdir, first)
         stale = [] if options.smoke else list(_stale(chosen, arms))
         second = list(_measuring(chosen, smoke=options.smoke))
-        _all(pool, second + stale, workdir, "fresh seeds")
+        _all(pool, list(dict.fromkeys(second + stale)), workdir, "fresh seeds")
     rows = [row for task in tasks for row in _table(task, arms, chosen, second, workdir)]
     _write(workdir, tasks, rows, _stale_rows(stale, workdir), first, time.perf_counter() - began)
     print((workdir / "table.md").read_text(encoding="utf-8"))
-    if options.compare:
-        _compare(rows, Path(options.compare))
+    if compared is not None:
+        _compare(rows, compared)
 
 
 def _names(flag: str, given: str, known: Mapping[str, Any]) -> list[str]:
@@ -302,14 +303,28 @@ def _stale_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _compare(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Says which means of this table lie outside another one's intervals."""
-    require(file.is_file(), f"--compare={file}: no such file; name a frontier.csv")
-    with file.open(newline="", encoding="utf-8") as lines:
-        others = {(row["task"], row["arm"], row["setting"]): row for row in csv.DictReader(lines)}
+_Key = tuple[str, str, str]
+
+
+def _key(row: Mapping[str, Any]) -> _Key:
+    return row["task"], row["arm"], row["setting"]
+
+
+def _committed(file: str) -> dict[_Key, dict[str, str]]:
+    """The rows of another run's table."""
+    require(Path(file).is_file(), f"--compare={file}: no such file; name a frontier.csv")
+    with Path(file).open(newline="", encoding="utf-8") as lines:
+        return {_key(row): row for row in csv.DictReader(lines)}
+
+
+def _compare(rows: Sequence[Mapping[str, Any]], others: Mapping[_Key, Mapping[str, str]]) -> None:
+    """Says which means of this table lie outside another one's intervals, and what it has not."""
     inside = total = 0
     for row in rows:
-        other = others.get((row["task"], row["arm"], row["setting"]), {})
+        if _key(row) not in others:
+            print(f"{' '.join(_key(row))}: not in the other table, which chose another setting")
+            continue
+        other = others[_key(row)]
         for name in row:
             low, high = other.get(f"{name}_low"), other.get(f"{name}_high")
             if low and high:
@@ -321,7 +336,7 @@ def _compare(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
                 if not good:
                     print(f"{row['task']} {row['arm']} {name}: {row[name]:.4g} is not in"
                           f" [{low}, {high}]")  # fmt: skip
-    print(f"{inside} of {total} means lie within the intervals of {file}")
+    print(f"{inside} of {total} means lie within the intervals of the other table")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,11 +88,14 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Of its file of results."""
+        """Of its file of results; what is run otherwise is another file."""
         setting = self.setting.replace("=", "") or "none"
         stale = f"-stale{self.staleness}" if self.staleness else ""
         part = ("learn", "choose", "measure")[self.part]
-        return f"{self.task}-{self.arm}-{setting}{stale}-{part}"
+        arm = ARMS[self.arm]
+        whole = repr((self, arm.settings[self.setting], sorted(arm.learning.items())))
+        digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
+        return f"{self.task}-{self.arm}-{setting}{stale}-{part}-{digest}"
 
 
 def run_trial(trial: Trial, workdir: str) -> str:

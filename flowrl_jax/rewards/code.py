@@ -143,7 +143,7 @@ def parse(truth: Any, source: str = "") -> Tests:
         with contextlib.suppress(ValueError):  # code, then
             truth = json.loads(truth)
     if isinstance(truth, str):
-        truth = [_asserting(truth)]
+        truth = [truth]
     seconds = SECONDS.get(source, 0.0)
     if isinstance(truth, Mapping) and "kind" in truth:
         return _load(truth)
@@ -153,6 +153,7 @@ def parse(truth: Any, source: str = "") -> Tests:
         pairs = list(zip(truth["inputs"], truth["outputs"], strict=True))
         return _pairs(pairs, truth.get("fn_name") or "", source, seconds)
     if isinstance(truth, Sequence) and truth and all(isinstance(one, str) for one in truth):
+        _asserting("\n".join(truth))
         return Tests("assert", tuple(truth), seconds=seconds)
     if isinstance(truth, Sequence) and truth and all("input" in one for one in truth):
         pairs = [(one["input"], one["output"]) for one in truth]
@@ -162,8 +163,8 @@ def parse(truth: Any, source: str = "") -> Tests:
     )
 
 
-def _asserting(text: str) -> str:
-    """Returns test code that does test something when it is run."""
+def _asserting(text: str) -> None:
+    """Refuses test code that tests nothing when it is run."""
     require(
         "assert" in text,
         f"tests {text[:60]!r}: neither JSON nor code that asserts; see docs/rewards.md for the"
@@ -171,11 +172,10 @@ def _asserting(text: str) -> str:
     )
     require(
         not re.search(r"^def check\(", text, re.MULTILINE)
-        or bool(re.search(r"^\s*check\(", text, re.MULTILINE)),
+        or bool(re.search(r"(?<!def )\bcheck\s*\(", text)),
         f"tests {text[:60]!r}: define check and do not call it, so that any program passes; give"
         ' JSON with "test" and "entry_point"',
     )
-    return text
 
 
 def dump(tests: Tests) -> str:
@@ -191,9 +191,11 @@ def humaneval(row: Mapping[str, Any]) -> Tests:
             defines `check`) and `entry_point`.
 
     Raises:
-        InputError: the prompt is no Python.
+        InputError: the prompt is no Python, or without an entry_point the tests call nothing.
     """
     function, test = row.get("entry_point") or "", row["test"]
+    if not function:
+        _asserting(test)
     called = not function or re.search(r"^check\(", test, re.MULTILINE)
     return Tests(
         "assert",
