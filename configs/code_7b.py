@@ -6,7 +6,7 @@
 What differs from `math_7b.py`, whose docstring says more: the start is a model that reasons
 already, 64 prompts make a rollout that is learned from in two steps, and temperature 0.6 is that of
 sampling and of all log-probabilities alike. The reward is 1 for a program that passes all tests and
-0 otherwise; after normalisation within a group this is the same as 1 and -1.
+0 otherwise; where rewards are normalised within a group this is the same as 1 and -1.
 
 Data: DeepCoder's three sources, several gigabytes that are downloaded when the run starts; its own
 test split is LiveCodeBench v5, which is evaluated on the way.
@@ -23,7 +23,10 @@ Expected, the paper's table 2 (LiveCodeBench and HumanEval+ in percent, Codeforc
 The policy's programs run in a sandbox (docs/rewards.md). What is comparable with the table:
 
     python -m flowrl_jax.evaluate --config=configs/code_7b.py --run=runs/code_7b \\
-        --benchmarks=livecodebench,humanevalplus --temperature=0.6 --top_p=0.95
+        --benchmarks=livecodebench,humanevalplus,codeforces --codeforces=FOLDER \
+        --temperature=0.6 --top_p=0.95
+
+FOLDER has the standings of the contests (docs/evaluation.md); without it there is no rating.
 """
 
 import ml_collections

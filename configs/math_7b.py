@@ -7,7 +7,7 @@
 default is `flowrl_paper`: this file is there to repeat the paper as it is written. The releases
 differ from it and from each other (docs/objective.md), and none of them says which one made the
 published figures; `:flowrl_release` and `:flowrl_recipe` are theirs, `:flowrl` is what we recommend
-for work of your own.
+for work of your own (the rewards here are 1 and -1, so its beta of 6 counts as 12).
 
 Prompts are rendered by the model's own chat template, as in the release: no system message but the
 one that Qwen2.5's template writes by itself.
