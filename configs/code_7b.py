@@ -23,7 +23,7 @@ Expected, the paper's table 2 (LiveCodeBench and HumanEval+ in percent, Codeforc
 The policy's programs run in a sandbox (docs/rewards.md). What is comparable with the table:
 
     python -m flowrl_jax.evaluate --config=configs/code_7b.py --run=runs/code_7b \\
-        --benchmarks=livecodebench,humanevalplus,codeforces --codeforces=FOLDER \
+        --benchmarks=livecodebench,humanevalplus,codeforces --codeforces=FOLDER \\
         --temperature=0.6 --top_p=0.95
 
 FOLDER has the standings of the contests (docs/evaluation.md); without it there is no rating.
