@@ -1,6 +1,7 @@
 """What tests share: platform, virtual devices, compilation cache, optional packages and data."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips tests marked `accelerator` where none was asked for."""
     if PLATFORM == "cpu" and item.get_closest_marker("accelerator"):
         pytest.skip("needs a GPU or TPU: make test-accelerator ACCELERATOR=cuda (or tpu)")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_a_module() -> Iterator[None]:
+    """Lets go of what a module compiled: of memory mappings, of which a process may have 65,530.
+
+    Two processes that share all tests had 40,000 each, and 5 GB. The cache above keeps programs.
+    """
+    yield
+    import jax
+
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

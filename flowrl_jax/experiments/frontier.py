@@ -41,7 +41,7 @@ from flowrl_jax.tasks.base import nearest
 
 _CHOOSING, _MEASURING = (0, 1, 2), tuple(range(100, 100 + LANES))
 _POINTS = 30
-_SMOKE_ARMS = ("grpo", "dapo", "flowrl_paper", "flowrl", "rloo_kl")
+_SMOKE_ARMS = ("grpo", "flowrl_paper", "flowrl", "rloo_kl")
 _SMOKE_ROLLOUTS = 60
 _OURS, _TWIN = "flowrl", "rloo_kl"
 # What ours is tested against: the paper's method and baselines, DAPO, and the controls. Few, since
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m flowrl_jax.experiments.frontier", description=__doc__
     )
     parser.add_argument("--workdir", required=True, help="folder of trials and results")
-    parser.add_argument("--smoke", action="store_true", help="five arms, short runs: some minutes")
+    parser.add_argument("--smoke", action="store_true", help="four arms, short runs: some minutes")
     parser.add_argument("--tasks", default=",".join(TASKS), help="default: %(default)s")
     parser.add_argument("--arms", default="", help="names, comma between; default: all")
     parser.add_argument(
