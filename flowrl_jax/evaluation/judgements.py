@@ -166,7 +166,7 @@ def _judgement(path: Path, number: int, line: str) -> tuple[tuple[str, int], dic
     try:
         record = json.loads(line)
         key, score = (record["key"], record["repeat"]), record["score"]
-        hash(key), record["asked"]
+        _ = hash(key), record["asked"]
         require(score is None or score in range(1, 6), "no score")
         return key, record
     except (ValueError, LookupError, TypeError, InputError):
