@@ -14,7 +14,7 @@ from jax.extend.core import jaxprs_in_params
 from flowrl_jax.masking import positions_from_mask
 from flowrl_jax.models import attention
 from flowrl_jax.models.attention import Columns, attend, flash, visible
-from flowrl_jax.models.decode import decode_params, decode_token, read_prompts
+from flowrl_jax.models.decode import decode_params, decode_token, read_prompts, rotation_tables
 from flowrl_jax.models.decode_attention import Held, attend_cached, make_cache
 from flowrl_jax.models.transformer import (
     Transformer,
@@ -214,12 +214,15 @@ def test_cached_decoding_is_the_full_forward(prefill):
         kept = read_prompts(params, config, tokens, positions[:, :prefill], mask)
         # Two columns of another row before the prompt, and seven after it to be written.
         pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (2, 7), (0, 0)), constant_values=9.0)  # noqa: E731
-        caches = tuple(make_cache(*map(pad, one), jnp.float32) for one in kept)
+        caches = tuple(make_cache(*map(pad, one), jnp.float32, "xla") for one in kept)
+        tables = rotation_tables(config, 9 + prefill)
         logits = []
         for i in range(5):
             length = mask.sum(1) + i
             held = Held(jnp.int32(2 + prefill + i), length + 1)
-            one, caches = decode_token(weights, config, rows[:, prefill + i], length, held, caches)
+            one, caches = decode_token(
+                weights, config, rows[:, prefill + i], length, tables, held, caches
+            )
             logits.append(one)
         return jnp.stack(logits, 1)
 
@@ -235,12 +238,11 @@ def test_eight_bits_round_a_little(window):
         for heads, size in ((4, 1), (2, 7), (2, 7))
     )
     held = Held(jnp.int32(4), jnp.array([5, 1, 3]))
-    out, rounded = (
-        attend_cached(query, make_cache(key, value, dtype), held, scale=0.25, window=window)
-        for dtype in (jnp.float32, jnp.int8)
-    )
+    caches = [make_cache(key, value, dtype, "xla") for dtype in (jnp.float32, jnp.int8)]
+    options = {"scale": 0.25, "window": window, "kernel": "xla"}
+    out, rounded = (attend_cached(query, cache, held, **options) for cache in caches)
     assert 0 < np.abs(out - rounded).max() < 0.04
-    assert make_cache(key, value, jnp.int8).key.dtype == jnp.int8
+    assert caches[1].key.dtype == jnp.int8
 
 
 TWO_KINDS = {"window": 2, "windowed_layers": (True, False), "local_rope_theta": 30.0}

@@ -12,8 +12,10 @@ class KVCache(NamedTuple):
     """The keys and values of one layer.
 
     Attributes:
-        key: `[S, K, C, H]` of S slots, K key heads and C columns; float32, bfloat16 or int8.
-        value: as `key`.
+        key: `[S, K, C, H]` of S slots, K key heads and C columns, or `[S, K, H, C]`, whichever the
+            kernel that attends wants (see `decode_attention.column_axes`); float32, bfloat16 or
+            int8.
+        value: `[S, K, C, H]`, in the dtype of `key`.
         key_scale: `[S, K, C]` float32 that int8 keys are multiplied by; None for others.
         value_scale: as `key_scale`.
     """

@@ -17,13 +17,15 @@ from flowrl_jax.models.attention import Columns
 from flowrl_jax.models.cache import KVCache
 from flowrl_jax.models.decode_attention import Held
 from flowrl_jax.models.lora import init_lora, with_adapters
+from flowrl_jax.models.rotary import Rotation
 from flowrl_jax.models.transformer import (
     Block,
     Embedding,
     RMSNorm,
     TransformerConfig,
+    View,
     init_params,
-    layer_view,
+    rotations,
 )
 from flowrl_jax.sharding import Layout
 
@@ -85,7 +87,7 @@ def read_prompts(
         Keys and values `[B, K, P, H]` of each layer.
     """
     x = Embedding(config).apply({"params": params["embedding"]}, tokens)
-    view = layer_view(config, positions, Columns(mask))
+    view = View(rotations(config, positions), Columns(mask))
 
     def layer(x, inputs):
         params, windowed = inputs
@@ -99,11 +101,25 @@ def read_prompts(
     return tuple((keys[i], values[i]) for i in range(config.num_layers))
 
 
+def rotation_tables(config: TransformerConfig, columns: int) -> dict[bool, Rotation]:
+    """Sines and cosines of all positions that a cache has room for.
+
+    Worked out once for many tokens: left to a step, XLA's CPU backend works them out again in every
+    layer, for every head.
+
+    Args:
+        config: the decoder's shape.
+        columns: of the cache.
+    """
+    return rotations(config, jnp.arange(columns)[None])
+
+
 def decode_token(
     params: Any,
     config: TransformerConfig,
     tokens: jax.Array,
     positions: jax.Array,
+    tables: dict[bool, Rotation],
     held: Held,
     caches: tuple[KVCache, ...],
 ) -> tuple[jax.Array, tuple[KVCache, ...]]:
@@ -114,6 +130,7 @@ def decode_token(
         config: the decoder's shape.
         tokens: `[S]` int32.
         positions: `[S]` int32.
+        tables: from `rotation_tables`.
         held: the column that the tokens are written to, and how many each may attend to.
         caches: of each layer.
 
@@ -121,7 +138,8 @@ def decode_token(
         Logits `[S, V]` float32, and the caches with `tokens` written in.
     """
     x = Embedding(config).apply({"params": params["embedding"]}, tokens[:, None])
-    view = layer_view(config, positions[:, None], held)
+    turn = jax.tree.map(lambda x: x[0, 0, positions, None, None], tables)
+    view = View(turn, held)
     written = []
     for layer, windowed, cache in zip(params["layers"], config.windows, caches, strict=True):
         x, cache = Block(config).apply({"params": layer}, x, view, windowed, cache)

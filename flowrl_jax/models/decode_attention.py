@@ -4,7 +4,8 @@ All slots write the same column at a step, so that the write is one slice of the
 may attend to are the last so many columns up to that one: nothing else has to be masked or known.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,21 +43,41 @@ def decode_kernel(wanted: str) -> str:
     return "pallas" if has else "xla"
 
 
-def make_cache(key: jax.Array, value: jax.Array, dtype: jnp.dtype) -> KVCache:
+def column_axes(kernel: str, dtype: Any) -> KVCache:
+    """The axis of columns in each array of a cache.
+
+    XLA multiplies a query with `[H, C]` keys without packing them first, which its CPU backend does
+    with `[C, H]` keys and takes four times as long for.
+
+    Args:
+        kernel: from `decode_kernel`.
+        dtype: that keys and values are kept in.
+    """
+    scale = 2 if dtype == jnp.int8 else None
+    return KVCache(3 if kernel == "xla" else 2, 2, scale, scale)
+
+
+def make_cache(key: jax.Array, value: jax.Array, dtype: Any, kernel: str) -> KVCache:
     """A cache of given columns.
 
     Args:
         key: `[S, K, C, H]`.
         value: `[S, K, C, H]`.
         dtype: that they are kept in; int8 for eight bits with a scale for each of their vectors.
+        kernel: that is to attend, from `decode_kernel`.
     """
-    if dtype != jnp.int8:
-        return KVCache(key.astype(dtype), value.astype(dtype))
-    (key, key_scale), (value, value_scale) = quantize(key), quantize(value)
-    return KVCache(key, value, key_scale, value_scale)
+    scales = ()
+    if dtype == jnp.int8:
+        (key, key_scale), (value, value_scale) = quantize(key), quantize(value)
+        scales = (key_scale, value_scale)
+    if column_axes(kernel, dtype).key == 3:
+        key = jnp.swapaxes(key, 2, 3)
+    return KVCache(key.astype(dtype), value.astype(dtype), *scales)
 
 
-def write(cache: KVCache, key: jax.Array, value: jax.Array, column: jax.Array) -> KVCache:
+def write(
+    cache: KVCache, key: jax.Array, value: jax.Array, column: jax.Array, kernel: str
+) -> KVCache:
     """The cache with one column written, in place where it may.
 
     Args:
@@ -64,13 +85,16 @@ def write(cache: KVCache, key: jax.Array, value: jax.Array, column: jax.Array) -
         key: `[S, K, 1, H]` in the compute dtype.
         value: `[S, K, 1, H]`.
         column: scalar int32, where.
+        kernel: that attends, from `decode_kernel`.
     """
-    new = make_cache(key, value, cache.key.dtype)
-
-    def put(old, x):
-        return jax.lax.dynamic_update_slice_in_dim(old, x, column, axis=2)
-
-    return jax.tree.map(put, cache, new)
+    dtype = cache.key.dtype
+    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=column)
+    return jax.tree.map(
+        lambda old, new, axis: put(old, new, axis=axis),
+        cache,
+        make_cache(key, value, dtype, kernel),
+        column_axes(kernel, dtype),
+    )
 
 
 def attend_cached(
@@ -81,7 +105,7 @@ def attend_cached(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
-    kernel: str = "auto",
+    kernel: str,
 ) -> jax.Array:
     """Grouped-query attention of one token per slot, softmax in float32.
 
@@ -92,32 +116,34 @@ def attend_cached(
         scale: multiplies the scores.
         window: columns that a token looks back to, its own included; 0 means all.
         softcap: scores s become `softcap * tanh(s / softcap)`; 0 leaves them.
-        kernel: see `decode_kernel`. "pallas", for TPU, reads what each slot may attend to; "xla"
+        kernel: from `decode_kernel`. "pallas", for TPU, reads what each slot may attend to; "xla"
             all columns.
 
     Returns:
         `[S, N, 1, H]` in the dtype of `query`.
     """
-    if decode_kernel(kernel) == "pallas":
+    if kernel == "pallas":
         options = {"scale": scale, "window": window, "softcap": softcap}
         return decode_attention(query[:, :, 0], cache, *held, **options)[:, :, None]
     slots, heads, _, head_dim = query.shape
-    kv_heads, columns = cache.key.shape[1:3]
+    kv_heads, columns = cache.value.shape[1:3]
     grouped = query.reshape(slots, kv_heads, heads // kv_heads, head_dim)
-    # Keys are the left factor here, which XLA's CPU backend need not transpose. Were the scores
-    # turned before they are masked, XLA would exchange the factors again.
     key = cache.key if cache.key_scale is None else cache.key.astype(query.dtype)
-    scores = jnp.einsum("skch,skgh->skcg", key, grouped, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("skgh,skhc->skgc", grouped, key, preferred_element_type=jnp.float32)
     if cache.key_scale is not None:
-        scores *= cache.key_scale[..., None]
+        scores *= cache.key_scale[:, :, None]
     age = held.column - jnp.arange(columns)
     reach = jnp.minimum(held.length, window) if window else held.length
-    visible = (age >= 0) & (age < reach[:, None])
-    scores = capped(scores * scale, softcap)
-    scores = jnp.where(visible[:, None, :, None], scores, MASKED)
-    probs = jax.nn.softmax(jnp.swapaxes(scores, 2, 3), axis=-1)
+    # Added rather than chosen, so that it is worked out once for all layers.
+    hidden = jnp.where((age >= 0) & (age < reach[:, None]), 0.0, MASKED)
+    scores = capped(scores * scale, softcap) + hidden[:, None, None]
+    probs = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    total = jnp.sum(probs, axis=-1, keepdims=True)
     if cache.value_scale is not None:
         probs *= cache.value_scale[:, :, None]
     value = cache.value if cache.value_scale is None else cache.value.astype(query.dtype)
-    out = jnp.einsum("skgc,skch->skgh", probs.astype(value.dtype), value)
-    return out.reshape(query.shape).astype(query.dtype)
+    out = jnp.einsum(
+        "skgc,skch->skgh", probs.astype(value.dtype), value, preferred_element_type=jnp.float32
+    )
+    # Divided last: there are fewer numbers in a head than columns.
+    return (out / total).reshape(query.shape).astype(query.dtype)

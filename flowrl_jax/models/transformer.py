@@ -18,7 +18,7 @@ from flowrl_jax.models.accumulation import run_layers
 from flowrl_jax.models.architecture import ACTIVATIONS, REMAT_POLICIES, TransformerConfig
 from flowrl_jax.models.attention import Columns, attend
 from flowrl_jax.models.cache import KVCache
-from flowrl_jax.models.decode_attention import Held, attend_cached, write
+from flowrl_jax.models.decode_attention import Held, attend_cached, decode_kernel, write
 from flowrl_jax.models.lora import lora_term
 from flowrl_jax.models.projection import project
 from flowrl_jax.models.rotary import Rotation, rotary, rotary_table
@@ -38,20 +38,19 @@ class View(NamedTuple):
     columns: Columns | Held
 
 
-def layer_view(config: TransformerConfig, positions: jax.Array, columns: Columns | Held) -> View:
-    """The view of tokens at these positions.
+def rotations(config: TransformerConfig, positions: jax.Array) -> dict[bool, Rotation]:
+    """Of a `View`.
 
     Args:
         config: the decoder.
         positions: `[B, T]` int32.
-        columns: that they may attend to.
     """
     table = lambda theta, scaling: rotary_table(positions, config.head_dim, theta, scaling)  # noqa: E731
     rotation = table(config.rope_theta, config.rope_scaling)
-    rotations = {windowed: rotation for windowed in set(config.windows)}
-    if True in rotations and config.local_rope_theta:
-        rotations[True] = table(config.local_rope_theta, config.local_rope_scaling)
-    return View(rotations, columns)
+    kinds = {windowed: rotation for windowed in set(config.windows)}
+    if True in kinds and config.local_rope_theta:
+        kinds[True] = table(config.local_rope_theta, config.local_rope_scaling)
+    return kinds
 
 
 def _param(module: nn.Module, name: str, init, shape, axes) -> jax.Array:
@@ -158,9 +157,10 @@ class Attention(nn.Module):
                 out = jax.lax.cond(windowed, kinds[True], kinds[False], query, key, value)
         else:
             assert isinstance(windowed, bool) and isinstance(view.columns, Held)
-            kept = write(cache, key, value, view.columns.column)
+            kernel = decode_kernel(config.decode_kernel)
+            kept = write(cache, key, value, view.columns.column, kernel)
             scores = config.scores(windowed)
-            out = attend_cached(query, kept, view.columns, kernel=config.decode_kernel, **scores)
+            out = attend_cached(query, kept, view.columns, kernel=kernel, **scores)
         shape = (config.num_heads, config.head_dim, config.embed_dim)
         rows = jnp.swapaxes(out, 1, 2).reshape(-1, config.num_heads * config.head_dim)
         (out,) = _project(self, rows, {"out": (shape, ("heads", "head_dim", "embed"))})
@@ -325,7 +325,7 @@ class Transformer(nn.Module):
         """
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
         positions = positions_from_mask(mask) if positions is None else positions
-        view = layer_view(self.config, positions, Columns(mask))
+        view = View(rotations(self.config, positions), Columns(mask))
         x: Any = self.embedding(tokens)
         windowed = jnp.array(self.config.windows)
         if gradients is None:

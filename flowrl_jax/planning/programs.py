@@ -16,7 +16,7 @@ from flowrl_jax.distributed import row_share
 from flowrl_jax.errors import InputError
 from flowrl_jax.learner import Learner, TrainStepConfig, check_batch
 from flowrl_jax.models.architecture import TransformerConfig
-from flowrl_jax.models.decode import decode_params, decode_shardings
+from flowrl_jax.models.decode import decode_params, decode_shardings, rotation_tables
 from flowrl_jax.models.transformer import Transformer
 from flowrl_jax.objectives import for_length, objective_of
 from flowrl_jax.objectives.correction import PER_TOKEN
@@ -353,9 +353,10 @@ class _Sampler:
         )
         slots = _placed(slots, programs.shardings(Slots))
         key_impl = jax.random.key_impl(jax.random.key(0))
+        tables = functools.partial(rotation_tables, config, self._columns)
         make = functools.partial(
             self._within.jit,
-            lambda weights, slots: programs.token(weights, slots, key_impl),
+            lambda weights, slots: programs.token(weights, slots, tables(), key_impl),
             donate_argnums=1,
             out_shardings=(programs.shardings(Slots), None),
         )

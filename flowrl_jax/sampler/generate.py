@@ -324,7 +324,7 @@ class _Decoding:
 
     def _fit(self, slots: Slots) -> Slots:
         """Makes slots fewer where many are empty, and room where the cache is full."""
-        schedule, columns = self.schedule, slots.caches[0].key.shape[2]
+        schedule, columns = self.schedule, slots.caches[0].value.shape[2]
         take = schedule.shrink()
         if take is None and self.column < columns:
             return slots

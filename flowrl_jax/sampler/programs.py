@@ -16,9 +16,15 @@ from jax.sharding import PartitionSpec
 
 from flowrl_jax.masking import positions_from_mask
 from flowrl_jax.models.cache import KVCache
-from flowrl_jax.models.decode import decode_params, decode_token, read_prompts
-from flowrl_jax.models.decode_attention import Held, decode_kernel, make_cache
+from flowrl_jax.models.decode import (
+    decode_params,
+    decode_token,
+    read_prompts,
+    rotation_tables,
+)
+from flowrl_jax.models.decode_attention import Held, column_axes, decode_kernel, make_cache
 from flowrl_jax.models.decode_kernel import CHUNK
+from flowrl_jax.models.rotary import Rotation
 from flowrl_jax.models.transformer import TransformerConfig
 from flowrl_jax.sampler.sampling import draw
 from flowrl_jax.sampler.schedule import Stage, growing, one_stage, short_before_long
@@ -50,6 +56,21 @@ class Programs:
         """Parts that rows and slots are cut into."""
         return self.within.batch_shards if self.within else 1
 
+    @functools.cached_property
+    def kernel(self) -> str:
+        """That attends, see `decode_kernel`."""
+        with self.within.activate() if self.within else contextlib.nullcontext():
+            return decode_kernel(self.shape.decode_kernel)
+
+    @functools.cached_property
+    def column_axes(self) -> KVCache:
+        """The axis of columns in each array of a layer's cache."""
+        return column_axes(self.kernel, self.config.cache_dtype(self.shape.dtype))
+
+    def _map_caches(self, function: Callable, *caches: tuple[KVCache, ...]) -> Any:
+        """Of a function of the axis of columns and an array of each of the caches: caches."""
+        return jax.tree.map(function, (self.column_axes,) * self.shape.num_layers, *caches)
+
     def stages(self, width: int, *, waiting: bool) -> list[Stage]:
         """What rows decode in, one after the other.
 
@@ -57,10 +78,8 @@ class Programs:
             width: of the prompts' caches.
             waiting: whether rows come in later than others.
         """
-        with self.within.activate() if self.within else contextlib.nullcontext():
-            kernel = decode_kernel(self.shape.decode_kernel)
         limit, first = self.config.max_response_length, self.config.first_columns
-        if kernel == "pallas":  # It reads what rows have, and wants one size.
+        if self.kernel == "pallas":  # It reads what rows have, and wants one size.
             return one_stage(width, limit, waiting=waiting, multiple=CHUNK)
         return short_before_long(width, first, limit) if waiting else growing(width, first, limit)
 
@@ -74,11 +93,14 @@ class Programs:
             return None
         rows: Any = self.within.batch
         one: Any = self.within.replicated
+        of: dict[int, Any] = {
+            2: self.within.sharding("batch", "kv_heads", None, "head_dim"),
+            3: self.within.sharding("batch", "kv_heads", "head_dim", None),
+        }
         scale = self.within.sharding("batch", "kv_heads", None)
-        eight = self.config.cache_dtype(self.shape.dtype) == jnp.int8
-        entries = self.within.sharding("batch", "kv_heads", None, "head_dim")
-        cache = KVCache(*[entries] * 2, *[scale if eight else None] * 2)
-        caches = (cache,) * self.shape.num_layers
+        axes = self.column_axes
+        scales = [None if axis is None else scale for axis in axes[2:]]
+        caches = (KVCache(of[axes.key], of[axes.value], *scales),) * self.shape.num_layers
         fixed = Rows(key=rows, limit=rows)
         names = ("token", "length", "drawn", "active", "stopped", "search")
         each: dict[str, Any] = dict.fromkeys(names, rows)
@@ -136,7 +158,7 @@ class Programs:
         tokens, mask = shift(tokens), shift(mask)
         kept = read_prompts(params, self.shape, tokens, positions_from_mask(mask), mask)
         dtype = self.config.cache_dtype(self.shape.dtype)
-        caches = tuple(make_cache(key, value, dtype) for key, value in kept)
+        caches = tuple(make_cache(key, value, dtype, self.kernel) for key, value in kept)
         none = jnp.zeros_like(last)
         return Starts(caches, last, mask.sum(axis=1, dtype=jnp.int32), none, none)
 
@@ -147,10 +169,10 @@ class Programs:
 
     def without_rows(self, starts: Starts, rows: Rows, slots: int, columns: int) -> Slots:
         """What `empty` jits."""
-        room = _room(starts, slots, columns)
+        room = self._room(starts, slots, columns)
         false = jnp.zeros(slots, bool)
         fixed = jax.tree.map(lambda x: jnp.zeros((slots, *x.shape[1:]), x.dtype), rows)
-        width = starts.caches[0].key.shape[2]
+        width = starts.caches[0].value.shape[2]
         row = Row(room.token, room.length, room.drawn, false, false, room.search, fixed)
         return Slots(row, room.caches, jnp.int32(width))
 
@@ -161,9 +183,19 @@ class Programs:
         def room(slots: Slots, rows: int, columns: int) -> Starts:
             row = slots.row
             starts = Starts(slots.caches, row.token, row.length, row.drawn, row.search)
-            return _room(starts, rows, columns)
+            return self._room(starts, rows, columns)
 
         return self._jit(room, Starts, static_argnums=(1, 2))
+
+    def _room(self, starts: Starts, rows: int, columns: int) -> Starts:
+        """`Starts` of another size, empty."""
+
+        def cache(axis, x):
+            shape = (rows, *x.shape[1:axis], columns, *x.shape[axis + 1 :])
+            return jnp.zeros(shape, x.dtype)
+
+        none = jnp.zeros(rows, jnp.int32)
+        return Starts(self._map_caches(cache, starts.caches), none, none, none, none)
 
     @functools.cached_property
     def enter(self) -> Callable:
@@ -172,7 +204,7 @@ class Programs:
 
     def _enter(self, slots: Slots, starts: Starts, rows: Rows, slot, place, row, count) -> Slots:
         def local(slots, starts, rows, slot, place, row, count):
-            width = starts.caches[0].key.shape[2]
+            width = starts.caches[0].value.shape[2]
 
             def one(i, slots):
                 at, of, who = slot[0, i], place[0, i], row[0, i]
@@ -185,10 +217,11 @@ class Programs:
                     search=starts.search[of],
                     fixed=jax.tree.map(lambda x: x[who], rows),
                 )
-                copy = functools.partial(_copy_columns, (of, 0), (at, slots.column - width), width)
+                target = (at, slots.column - width)
+                copy = functools.partial(_copy_columns, (of, 0), target, width)
                 return Slots(
                     row=jax.tree.map(lambda x, value: x.at[at].set(value), slots.row, values),
-                    caches=jax.tree.map(copy, starts.caches, slots.caches),
+                    caches=self._map_caches(copy, starts.caches, slots.caches),
                     column=slots.column,
                 )
 
@@ -204,7 +237,7 @@ class Programs:
 
     def _put_aside(self, starts: Starts, slots: Slots, slot, place, end, count) -> Starts:
         def local(starts, slots, slot, place, end, count):
-            width = starts.caches[0].key.shape[2]
+            width = starts.caches[0].value.shape[2]
 
             def one(i, starts):
                 at, to = slot[0, i], place[0, i]
@@ -215,7 +248,7 @@ class Programs:
                     name: getattr(starts, name).at[to].set(getattr(slots.row, name)[at])
                     for name in names
                 }
-                return Starts(jax.tree.map(copy, slots.caches, starts.caches), **values)
+                return Starts(self._map_caches(copy, slots.caches, starts.caches), **values)
 
             return jax.lax.fori_loop(0, count[0], one, starts)
 
@@ -248,14 +281,16 @@ class Programs:
 
     def _move(self, slots: Slots, take, shift, columns: int) -> Slots:
         def local(slots, take, shift):
-            def cache(x):
-                kept = jnp.roll(x[take[0]], -shift, axis=2)[:, :, :columns]
-                room = columns - kept.shape[2]
-                return jnp.pad(kept, ((0, 0), (0, 0), (0, room)) + ((0, 0),) * (x.ndim - 3))
+            def cache(axis, x):
+                moved = jnp.roll(x[take[0]], -shift, axis)
+                kept = jax.lax.slice_in_dim(moved, 0, min(columns, x.shape[axis]), axis=axis)
+                pad = [(0, 0)] * x.ndim
+                pad[axis] = (0, columns - kept.shape[axis])
+                return jnp.pad(kept, pad)
 
             return Slots(
                 row=jax.tree.map(lambda x: x[take[0]], slots.row),
-                caches=jax.tree.map(cache, slots.caches),
+                caches=self._map_caches(cache, slots.caches),
                 column=slots.column - shift,
             )
 
@@ -275,7 +310,8 @@ class Programs:
         return self._jit(self._segment, donate_argnums=1, static_argnums=4, **settings)
 
     def _segment(self, weights, slots: Slots, refill, shrink, key_impl, stops):
-        columns, count = slots.caches[0].key.shape[2], slots.row.token.shape[0]
+        columns, count = slots.caches[0].value.shape[2], slots.row.token.shape[0]
+        tables = rotation_tables(self.shape, columns)
         log = (self.config.segment, count)
 
         def going(carry):
@@ -286,7 +322,7 @@ class Programs:
 
         def body(carry):
             step, slots, log = carry
-            slots, drawn = self.token(weights, slots, key_impl, stops)
+            slots, drawn = self.token(weights, slots, tables, key_impl, stops)
             log = jax.tree.map(
                 lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, step, 0), log, drawn
             )
@@ -298,13 +334,18 @@ class Programs:
         return slots, log, (row.active, row.stopped, row.drawn, slots.column)
 
     def token(
-        self, weights: Any, slots: Slots, key_impl: Any, stops: StopTable | None = None
+        self,
+        weights: Any,
+        slots: Slots,
+        tables: dict[bool, Rotation],
+        key_impl: Any,
+        stops: StopTable | None = None,
     ) -> tuple[Slots, Log]:
         """Draws a token for every row: a step of `segment`."""
         row, config = slots.row, self.config
         held = Held(slots.column, jnp.where(row.active, row.length + 1, 0))
         logits, caches = decode_token(
-            weights, self.shape, row.token, row.length, held, slots.caches
+            weights, self.shape, row.token, row.length, tables, held, slots.caches
         )
         keys = jax.random.wrap_key_data(row.fixed.key, impl=key_impl)
         uniform = jax.vmap(lambda key, i: jax.random.uniform(jax.random.fold_in(key, i)))
@@ -354,26 +395,24 @@ class Programs:
         return self.layout.jit(assemble, out_shardings=self.layout.batch)
 
 
-def _room(starts: Starts, rows: int, columns: int) -> Starts:
-    """`Starts` of another size, empty."""
-
-    def cache(x):
-        return jnp.zeros((rows, x.shape[1], columns, *x.shape[3:]), x.dtype)
-
-    none = jnp.zeros(rows, jnp.int32)
-    return Starts(jax.tree.map(cache, starts.caches), none, none, none, none)
-
-
-def _copy_columns(source: tuple, target: tuple, width: int, new: jax.Array, old: jax.Array) -> Any:
+def _copy_columns(
+    source: tuple, target: tuple, width: int, axis: int, new: jax.Array, old: jax.Array
+) -> Any:
     """`old` with some columns of a row of `new`; source and target are row and first column.
 
     Before the first column of `new` there is nothing that matters.
     """
-    rest = (0,) * (old.ndim - 3)
-    sizes = (1, new.shape[1], width, *new.shape[3:])
-    columns = jax.lax.dynamic_slice(new, (source[0], 0, jnp.maximum(source[1], 0), *rest), sizes)
-    columns = jnp.roll(columns, jnp.maximum(-source[1], 0), axis=2)
-    return jax.lax.dynamic_update_slice(old, columns, (target[0], 0, target[1], *rest))
+
+    def at(row, column):
+        index = [row] + [0] * (new.ndim - 1)
+        index[axis] = column
+        return tuple(index)
+
+    sizes = (1, *new.shape[1:axis], width, *new.shape[axis + 1 :])
+    row, first = source
+    columns = jax.lax.dynamic_slice(new, at(row, jnp.maximum(first, 0)), sizes)
+    columns = jnp.roll(columns, jnp.maximum(-first, 0), axis)
+    return jax.lax.dynamic_update_slice(old, columns, at(*target))
 
 
 @functools.lru_cache(maxsize=32)
