@@ -47,7 +47,7 @@ def column_axes(kernel: str, dtype: Any) -> KVCache:
     """The axis of columns in each array of a cache.
 
     XLA multiplies a query with `[H, C]` keys without packing them first, which its CPU backend does
-    with `[C, H]` keys and takes four times as long for.
+    with `[C, H]` keys and takes more than twice as long for.
 
     Args:
         kernel: from `decode_kernel`.
