@@ -15,12 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import PartitionSpec
 
 from flowrl_jax.errors import InputError
 from flowrl_jax.models.attention import MASKED, interpreted
 from flowrl_jax.models.cache import KVCache
-from flowrl_jax.sharding import active_layout
+from flowrl_jax.models.decode_layout import on_devices, padded
 
 CHUNK = 128  # columns: the least that is read; scales have columns along lanes, which are 128
 _DEPTH = 4  # blocks in fast memory: one is attended to while the others are on their way
@@ -71,32 +70,8 @@ def decode_attention(
     Returns:
         As there.
     """
-    group = query.shape[1] // cache.key.shape[1]
     run = functools.partial(decode_attention_kernel, **options, interpret=interpreted())
-    layout = active_layout()
-    if layout is None or layout.mesh.size == 1:
-        return run(query, cache, column, length)
-    query_spec = layout.sharding("batch", "heads", "head_dim").spec
-    kv_spec = layout.sharding("batch", "kv_heads", None, "head_dim").spec
-    specs = (kv_spec, kv_spec, PartitionSpec(*kv_spec[:3]), PartitionSpec(*kv_spec[:3]))
-    whole = kv_spec[1] != query_spec[1]
-
-    def local(query, cache, column, length):
-        first = jax.lax.axis_index(query_spec[1]) * query.shape[1] if whole else 0
-        return run(query, cache, column, length, first_head=first, group=group)
-
-    return jax.shard_map(
-        local,
-        mesh=layout.mesh,
-        in_specs=(
-            query_spec,
-            KVCache(*(None if x is None else spec for x, spec in zip(cache, specs, strict=True))),
-            PartitionSpec(),
-            layout.sharding("batch").spec,
-        ),
-        out_specs=query_spec,
-        check_vma=False,
-    )(query, cache, jnp.asarray(column, jnp.int32), length)
+    return on_devices(run, query, cache, column, length)
 
 
 def decode_attention_kernel(
@@ -149,7 +124,7 @@ def decode_attention_kernel(
     if block and (block % CHUNK or block & (block - 1)):
         raise InputError(f"block={block} is not a power of two: choose {CHUNK} or twice, ...")
     group = group or heads // cache.key.shape[1]
-    cache = _padded(cache)
+    cache = padded(cache, CHUNK)
     plan = _plan(query, cache, group, block, scale, softcap)
     column = jnp.asarray(column, jnp.int32)
     steps = pl.cdiv(slots, plan.rows)
@@ -165,15 +140,6 @@ def decode_attention_kernel(
 
 def _arrays(cache: KVCache) -> tuple[jax.Array, ...]:
     return tuple(x for x in cache if x is not None)
-
-
-def _padded(cache: KVCache) -> KVCache:
-    """The cache with a number of columns that is a multiple of what copies want."""
-    missing = -cache.key.shape[2] % CHUNK
-    if not missing:
-        return cache
-    pad = ((0, 0), (0, 0), (0, missing), (0, 0))
-    return KVCache(*(x if x is None else jnp.pad(x, pad[: x.ndim]) for x in cache))
 
 
 def _plan(
