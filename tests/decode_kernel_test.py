@@ -17,31 +17,9 @@ from flowrl_jax.models.cache import KVCache, dequantize, quantize
 from flowrl_jax.models.decode_kernel import CHUNK, decode_attention, decode_attention_kernel
 from flowrl_jax.planning.chips import describe
 from flowrl_jax.sharding import MeshConfig, make_layout, make_mesh
+from tests.decode_loops import SCALE, draw, loops
 
-kernel = functools.partial(decode_attention_kernel, scale=0.3, interpret=True)
-
-
-def loops(query, key, value, column, length, *, window=0, softcap=0.0) -> np.ndarray:
-    """Attention slot by slot and head by head, in float64."""
-    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
-    out = np.zeros(query.shape)
-    group = query.shape[1] // key.shape[1]
-    for slot, head in np.ndindex(*query.shape[:2]):
-        seen = min(length[slot], window or length[slot])
-        columns = slice(column + 1 - seen, column + 1)
-        if seen:
-            scores = key[slot, head // group, columns] @ query[slot, head] * 0.3
-            scores = softcap * np.tanh(scores / softcap) if softcap else scores
-            weights = np.exp(scores - scores.max())
-            out[slot, head] = weights @ value[slot, head // group, columns] / weights.sum()
-    return out
-
-
-def draw(slots, heads, kv_heads, columns, head_dim, dtype: Any = jnp.float32, seed=0):
-    rng = np.random.default_rng(seed)
-    make = lambda *shape: jnp.asarray(rng.normal(0, 1, shape), dtype)  # noqa: E731
-    kv = (slots, kv_heads, columns, head_dim)
-    return make(slots, heads, head_dim), KVCache(make(*kv), make(*kv))
+kernel = functools.partial(decode_attention_kernel, scale=SCALE, interpret=True)
 
 
 def in_eight_bits(cache: KVCache) -> KVCache:
@@ -130,7 +108,7 @@ def test_devices_attend_for_their_own_slots_and_heads(heads, kv_heads, kind):
     layout = make_layout(
         make_mesh(MeshConfig(data=2, tensor=4)), {"heads": heads, "kv_heads": kv_heads}
     )
-    attend = functools.partial(decode_attention, scale=0.3, softcap=3.0)
+    attend = functools.partial(decode_attention, scale=SCALE, softcap=3.0)
     out = layout.jit(attend)(query, cache, 99, length)
     np.testing.assert_allclose(out, jax.jit(attend)(query, cache, 99, length), atol=1e-6)
 

@@ -10,11 +10,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from flowrl_jax.errors import InputError
+from flowrl_jax.models.architecture import TransformerConfig
 from flowrl_jax.models.attention import MASKED, capped, platform_device
 from flowrl_jax.models.cache import KVCache, quantize
 from flowrl_jax.models.decode_kernel import decode_attention
+from flowrl_jax.models.decode_triton import refusal, require_support, triton_attention
 
 _WITHOUT_KERNEL = ("TPU v2", "TPU v3")  # their compiler refuses its bfloat16 products
+_TRITON_FROM = 8.0  # compute capability; Ampere's
+_MADE_FOR = {"pallas": "tpu", "triton": "gpu"}
 
 
 class Held(NamedTuple):
@@ -30,17 +35,43 @@ class Held(NamedTuple):
     length: jax.Array
 
 
-def decode_kernel(wanted: str) -> str:
-    """The kernel that decoding attends with on the devices that are traced for: "xla" or "pallas".
+def decode_kernel(config: TransformerConfig, kept: Any) -> str:
+    """The kernel that decoding attends with on the devices that are traced for.
 
     Args:
-        wanted: `TransformerConfig.decode_kernel`.
+        config: the decoder, `decode_kernel` of it what is wanted.
+        kept: dtype of keys and values.
+
+    Returns:
+        "xla", "pallas" or "triton".
+
+    Raises:
+        InputError: the kernel that is wanted by name is for other devices, or cannot do this.
     """
+    wanted, device = config.decode_kernel, platform_device()
+    case = {"head_dim": config.head_dim, "softcap": config.attention_softcap}
+    case |= {"dtype": config.dtype, "kept": kept}
+    if wanted == "triton":
+        require_support(**case)
+    if device.platform not in ("cpu", _MADE_FOR.get(wanted, device.platform)):
+        raise InputError(
+            f"model.decode_kernel={wanted!r} is a kernel for {_MADE_FOR[wanted].upper()}s, and this"
+            f" is a {device.platform.upper()}: use 'auto'"
+        )
     if wanted != "auto":
         return wanted
-    device = platform_device()
-    has = device.platform == "tpu" and device.device_kind not in _WITHOUT_KERNEL
-    return "pallas" if has else "xla"
+    if device.platform == "tpu" and device.device_kind not in _WITHOUT_KERNEL:
+        return "pallas"
+    return "triton" if _compiles_triton(device) and not refusal(**case) else "xla"
+
+
+def _compiles_triton(device: Any) -> bool:
+    """Whether it is an NVIDIA GPU that Triton's compiler knows."""
+    # AMD's say "gfx942". Devices that are planned for say nothing, and none of them is older.
+    capability = str(getattr(device, "compute_capability", _TRITON_FROM))
+    return (
+        device.platform == "gpu" and capability[:1].isdigit() and float(capability) >= _TRITON_FROM
+    )
 
 
 def column_axes(kernel: str, dtype: Any) -> KVCache:
@@ -116,12 +147,16 @@ def attend_cached(
         scale: multiplies the scores.
         window: columns that a token looks back to, its own included; 0 means all.
         softcap: scores s become `softcap * tanh(s / softcap)`; 0 leaves them.
-        kernel: from `decode_kernel`. "pallas", for TPU, reads what each slot may attend to; "xla"
-            all columns.
+        kernel: from `decode_kernel`. "pallas", for TPU, and "triton", for NVIDIA GPUs, read what
+            each slot may attend to and little more; "xla" all columns.
 
     Returns:
         `[S, N, 1, H]` in the dtype of `query`.
     """
+    if kernel == "triton":
+        return triton_attention(query[:, :, 0], cache, *held, scale=scale, window=window)[
+            :, :, None
+        ]
     if kernel == "pallas":
         options = {"scale": scale, "window": window, "softcap": softcap}
         return decode_attention(query[:, :, 0], cache, *held, **options)[:, :, None]

@@ -157,7 +157,7 @@ class Attention(nn.Module):
                 out = jax.lax.cond(windowed, kinds[True], kinds[False], query, key, value)
         else:
             assert isinstance(windowed, bool) and isinstance(view.columns, Held)
-            kernel = decode_kernel(config.decode_kernel)
+            kernel = decode_kernel(config, cache.key.dtype)
             kept = write(cache, key, value, view.columns.column, kernel)
             scores = config.scores(windowed)
             out = attend_cached(query, kept, view.columns, kernel=kernel, **scores)
