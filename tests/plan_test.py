@@ -231,6 +231,29 @@ def test_gpus_are_estimated_and_say_so(tmp_path, capsys):
     assert "ESTIMATED by formulas, not compiled" in shown.out and not shown.err
 
 
+@pytest.mark.parametrize(
+    ("changes", "columns"),
+    [
+        ({}, 8960),  # 8292, and 512 more where rows wait: a multiple of what the kernel reads
+        ({"rollout.cache": "int8"}, 8548),  # attended to by XLA: the last of several stages
+        ({"model.decode_kernel": "xla"}, 8548),
+    ],
+)
+def test_gpus_decode_in_the_columns_that_their_kernel_wants(changes, columns):
+    sizes = {"rollout.max_prompt_length": 100, "rollout.slots": 64}
+    config = changed(seven_billion(), sizes | changes)
+    learner = planned_learner(config, describe("h100:8").devices)
+    (decode,) = [program for program in programs(config, learner) if program.name == "decode"]
+    _, (_, slots) = decode.build()
+    assert slots.caches[0].value.shape == (64, 4, columns, 128)
+
+
+def test_a_kernel_of_other_chips_is_refused(capsys):
+    arguments = [*TINY, "--topology=h100:8", "--config.model.decode_kernel=pallas"]
+    assert module.main(arguments) == 2
+    assert "'pallas' is a kernel for TPUs, and this is a GPU" in capsys.readouterr().err
+
+
 def test_what_does_not_fit_says_by_how_much_and_what_would():
     found = plan(seven_billion(), "h100:1", ["train_step"])
     step = found["programs"]["train_step"]

@@ -329,13 +329,29 @@ def test_log_probabilities_of_the_policy_itself(rollout):
         assert np.abs(found - one.sampler_logprobs)[mask].max() > 0.01
 
 
-def test_a_kernel_of_tpus_draws_the_same(rollout):
+@pytest.mark.parametrize(
+    ("kernel", "changes"),
+    [
+        ("pallas", {}),
+        ("triton", {"head_dim": 16, "window": 5}),
+    ],
+)
+def test_a_kernel_draws_the_same(kernel, changes):
     """Interpreted; the cache is one size for all lengths, a multiple of what the kernel reads."""
-    config = dataclasses.replace(CONFIG, decode_kernel="pallas")
+    config = dataclasses.replace(CONFIG, **changes)
     settings = dataclasses.replace(SETTINGS, slots=6)
-    params = tiny_params(CONFIG)
-    other = generate(params, prompts(), KEY, model=Transformer(config), config=settings)
-    assert_same(rollout, other)
+    params = tiny_params(config)
+    one, other = (
+        generate(
+            params,
+            prompts(),
+            KEY,
+            model=Transformer(dataclasses.replace(config, decode_kernel=name)),
+            config=settings,
+        )
+        for name in ("xla", kernel)
+    )
+    assert_same(one, other)
 
 
 @pytest.mark.parametrize(("cache", "within"), [("bfloat16", 0.03), ("int8", 0.03)])

@@ -24,6 +24,7 @@ from flowrl_jax.models.decode import (
 )
 from flowrl_jax.models.decode_attention import Held, column_axes, decode_kernel, make_cache
 from flowrl_jax.models.decode_kernel import CHUNK
+from flowrl_jax.models.decode_triton import SPLIT
 from flowrl_jax.models.rotary import Rotation
 from flowrl_jax.models.transformer import TransformerConfig
 from flowrl_jax.sampler.sampling import draw
@@ -33,6 +34,8 @@ from flowrl_jax.sampler.slots import Log, Row, Rows, Slots, Starts
 from flowrl_jax.sampler.stops import StopTable, advance
 from flowrl_jax.sharding import Layout, constrain
 from flowrl_jax.types import PromptBatch, Rollout
+
+_MULTIPLES = {"pallas": CHUNK, "triton": SPLIT}  # of columns, that a kernel reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,16 +59,21 @@ class Programs:
         """Parts that rows and slots are cut into."""
         return self.within.batch_shards if self.within else 1
 
+    @property
+    def cache_dtype(self) -> Any:
+        """That keys and values are kept in."""
+        return self.config.cache_dtype(self.shape.dtype)
+
     @functools.cached_property
     def kernel(self) -> str:
         """That attends, see `decode_kernel`."""
         with self.within.activate() if self.within else contextlib.nullcontext():
-            return decode_kernel(self.shape.decode_kernel)
+            return decode_kernel(self.shape, self.cache_dtype)
 
     @functools.cached_property
     def column_axes(self) -> KVCache:
         """The axis of columns in each array of a layer's cache."""
-        return column_axes(self.kernel, self.config.cache_dtype(self.shape.dtype))
+        return column_axes(self.kernel, self.cache_dtype)
 
     def _map_caches(self, function: Callable, *caches: tuple[KVCache, ...]) -> Any:
         """Of a function of the axis of columns and an array of each of the caches: caches."""
@@ -79,8 +87,8 @@ class Programs:
             waiting: whether rows come in later than others.
         """
         limit, first = self.config.max_response_length, self.config.first_columns
-        if self.kernel == "pallas":  # It reads what rows have, and wants one size.
-            return one_stage(width, limit, waiting=waiting, multiple=CHUNK)
+        if self.kernel in _MULTIPLES:  # It reads what rows have, and wants one size.
+            return one_stage(width, limit, waiting=waiting, multiple=_MULTIPLES[self.kernel])
         return short_before_long(width, first, limit) if waiting else growing(width, first, limit)
 
     def shardings(self, kind: type) -> Any:
@@ -157,8 +165,7 @@ class Programs:
         shift = lambda x: jnp.pad(x, ((0, 0), (1, 0)))[:, :-1]  # noqa: E731
         tokens, mask = shift(tokens), shift(mask)
         kept = read_prompts(params, self.shape, tokens, positions_from_mask(mask), mask)
-        dtype = self.config.cache_dtype(self.shape.dtype)
-        caches = tuple(make_cache(key, value, dtype, self.kernel) for key, value in kept)
+        caches = tuple(make_cache(*one, self.cache_dtype, self.kernel) for one in kept)
         none = jnp.zeros_like(last)
         return Starts(caches, last, mask.sum(axis=1, dtype=jnp.int32), none, none)
 
