@@ -1,8 +1,8 @@
 """Attention of one new token per row to its cache, on NVIDIA GPUs: jax's own Triton kernel.
 
-The columns are cut into splits, which are attended to side by side, and what comes of them is added
-up. A split that a row may not attend to is not read, nor is what lies after the newest column: less
-than a split is read in vain, before the row's first column.
+The columns are cut into splits, which are attended to side by side, and what comes of them is
+added up. A split that a row may not attend to is not read, nor are blocks after the newest column.
+In vain is read less than a split before a row's first column, and less than a block after its last.
 """
 
 import functools
@@ -136,45 +136,66 @@ def triton_attention_kernel(
     base = jnp.arange(0, columns, SPLIT)
     end = jnp.asarray(column, jnp.int32) + 1
     begin = end - (jnp.minimum(length, window) if window else length)
-    attend = functools.partial(
-        decode_attn_unbatched,
-        sm_scale=scale,
-        block_h=_HEADS,
-        block_k=min(_BLOCK, max(16, _BLOCK_BYTES // (head_dim * query.dtype.itemsize))),
-        k_splits=1,
-        num_warps=None,
-        num_stages=2,
-        grid=None,
-        interpret=interpret,
-        debug=False,
-        return_residuals=True,
-        normalize_output=False,
-    )
-    attend = jax.vmap(jax.vmap(attend, in_axes=(None, 0, 0, 0, 0)))
-    parts, (totals, tops) = attend(
+    parts = _attend(scale, interpret)(
         every.reshape(slots * kv_heads, group, head_dim),
         cache.key.reshape(in_splits),
         cache.value.reshape(in_splits),
         jnp.repeat(begin, kv_heads)[:, None] - base,
         jnp.broadcast_to(end - base, in_splits[:2]),
     )
-    out = _sum(parts, totals, tops).reshape(every.shape).astype(query.dtype)
+    out = _sum(*parts).reshape(every.shape).astype(query.dtype)
     if heads < every.shape[1]:
         out = jax.lax.dynamic_slice_in_dim(out, first_head, heads, axis=1)
     return out
 
 
-def _sum(parts: jax.Array, totals: jax.Array, tops: jax.Array) -> jax.Array:
+def _attend(scale: float, interpret: bool) -> Any:
+    """The kernel over R key heads of slots and P splits of each.
+
+    Args:
+        scale: multiplies the scores.
+        interpret: of `pallas_call`.
+
+    Returns:
+        Of queries `[R, G, H]`, keys and values `[R, P, SPLIT, H]` and the columns of a split that
+        may be attended to, from one and before another `[R, P]` int32: what `_sum` takes.
+    """
+
+    def of_split(query, key, value, begin, end):
+        return decode_attn_unbatched(
+            query,
+            key,
+            value,
+            begin,
+            end,
+            sm_scale=scale,
+            block_h=_HEADS,
+            block_k=min(_BLOCK, max(16, _BLOCK_BYTES // (key.shape[1] * key.dtype.itemsize))),
+            k_splits=1,
+            num_warps=None,
+            num_stages=2,
+            grid=None,
+            interpret=interpret,
+            debug=False,
+            return_residuals=True,
+            normalize_output=False,
+        )
+
+    return jax.vmap(jax.vmap(of_split, in_axes=(None, 0, 0, 0, 0)))
+
+
+def _sum(parts: jax.Array, totals_and_tops: tuple[jax.Array, jax.Array]) -> jax.Array:
     """The softmax over splits, in float32; the kernel's own sum of them rounds at every step.
 
     Args:
         parts: `[R, P, G, H]`, weighted sums of values of P splits.
-        totals: `[R, P, G]` float32, sums of their weights.
-        tops: `[R, P, G]` float32, their largest scores, at which the weight is 1.
+        totals_and_tops: both `[R, P, G]` float32: the sums of their weights, and their largest
+            scores, whose weight is 1.
 
     Returns:
         `[R, G, H]` float32; zeros where nothing has a weight.
     """
+    totals, tops = totals_and_tops
     # The barrier is that of jax's own sum: it says that XLA's GPU compiler makes NaN without it.
     top = jax.lax.optimization_barrier(tops.max(axis=1, keepdims=True))
     shares = jnp.exp(tops - top)
