@@ -1,6 +1,8 @@
 """Attention of one token per slot: the GPU kernel, interpreted, against loops in numpy."""
 
 import functools
+import importlib.util
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,13 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.topologies import get_topology_desc
 
 from configs import base
 from flowrl_jax.config import parse_config
 from flowrl_jax.errors import InputError
 from flowrl_jax.models import attention, decode_attention
+from flowrl_jax.models.cache import KVCache
 from flowrl_jax.models.decode import decode_params, decode_token, rotation_tables
-from flowrl_jax.models.decode_attention import Held, attend_cached, decode_kernel, make_cache
+from flowrl_jax.models.decode_attention import (
+    Held,
+    attend_cached,
+    decode_kernel,
+    make_cache,
+    write,
+)
 from flowrl_jax.models.decode_triton import (
     SPLIT,
     refusal,
@@ -203,6 +213,65 @@ def test_a_mesh_is_lowered_for_gpus(monkeypatch):
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     (call,) = [line for line in text.splitlines() if CUSTOM_CALL in line]
     assert call.count(f"tensor<2x1x{SPLIT}x16xf32>") == 2, call.rpartition(" : ")  # keys, values
+
+
+# What XLA asks of a chip that is not there, by NVIDIA's CUDA programming guide and data sheet.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352000000000 device_memory_size: 85000000000 l2_cache_size: 52428800
+  cuda_compute_capability { major: 9 minor: 0 }
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 8 }
+device_description_str: "NVIDIA H100"
+"""
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason="needs XLA for GPUs: pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt",
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize(
+    ("tensor", "heads", "kv_heads"),
+    [
+        (1, 28, 4),
+        (4, 28, 4),  # a key head for each shard
+        (4, 12, 2),  # shards share key heads
+    ],
+)
+def test_the_gpu_compiler_takes_it(dtype, head_dim, tensor, heads, kv_heads):
+    """A layer's step, 64 slots: the cache is written and read in place, and stays where it is."""
+    topology = get_topology_desc("h100", "cuda", target_config=H100, topology=f"1x1x{tensor}")
+    mesh = make_mesh(MeshConfig(tensor=tensor), topology.devices)
+    layout = make_layout(mesh, {"heads": heads, "kv_heads": kv_heads})
+
+    def array(*shape, axes=("batch",), kind=dtype):
+        return jax.ShapeDtypeStruct(shape, kind, sharding=layout.sharding(*axes))
+
+    def step(query, key, value, cache, column, length):
+        cache = write(cache, key, value, column)
+        return attend_cached(query, cache, Held(column, length), scale=SCALE), cache
+
+    of_heads = functools.partial(array, axes=("batch", "kv_heads", None, "head_dim"))
+    kv, new = (of_heads(64, kv_heads, columns, head_dim) for columns in (2560, 1))
+    query = array(64, heads, 1, head_dim, axes=("batch", "heads", None, "head_dim"))
+    column, length = array(axes=(), kind=jnp.int32), array(64, kind=jnp.int32)
+    run = layout.jit(step, donate_argnums=3)
+    made = run.lower(query, new, new, KVCache(kv, kv), column, length).compile()
+    text, memory = made.as_text(), made.memory_analysis()
+    assert text.count(f'custom_call_target="{CUSTOM_CALL}"') == 1
+    assert not any(name in text for name in ("all-gather", "all-to-all", "collective-permute"))
+    held = 2 * math.prod(kv.sharding.shard_shape(kv.shape)) * kv.dtype.itemsize
+    assert memory.alias_size_in_bytes == held
+    assert memory.temp_size_in_bytes < held / 16
 
 
 @pytest.mark.accelerator
