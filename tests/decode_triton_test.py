@@ -257,8 +257,10 @@ def test_the_gpu_compiler_takes_it(dtype, head_dim, tensor, heads, kv_heads):
         return jax.ShapeDtypeStruct(shape, kind, sharding=layout.sharding(*axes))
 
     def step(query, key, value, cache, column, length):
-        cache = write(cache, key, value, column)
-        return attend_cached(query, cache, Held(column, length), scale=SCALE), cache
+        cache = write(cache, key, value, column, "triton")
+        return attend_cached(
+            query, cache, Held(column, length), scale=SCALE, kernel="triton"
+        ), cache
 
     of_heads = functools.partial(array, axes=("batch", "kv_heads", None, "head_dim"))
     kv, new = (of_heads(64, kv_heads, columns, head_dim) for columns in (2560, 1))
