@@ -1,5 +1,7 @@
 """This package as a child of the benchmarks (see `common.serve`)."""
 
+import math
+import os
 from collections.abc import Callable, Iterator
 
 import jax
@@ -18,8 +20,31 @@ from flowrl_jax.train_step import init_state, make_score, make_train_step
 from flowrl_jax.types import PromptBatch, Rollout, TrainBatch, TrainState
 
 
-def make_learner(work: Work) -> Learner:
-    """Model, objective and optimiser of the work, on all devices."""
+def data_parallel(rows: int) -> int:
+    """Makes a CPU as many devices as it has cores, or as divide the rows; before jax has begun.
+
+    XLA's CPU backend runs much of a step of decoding on one core of those that a device has.
+
+    Args:
+        rows: decoded at one time.
+
+    Returns:
+        The devices to cut rows over; 1 where they are no CPU.
+    """
+    if jax.config.jax_platforms != "cpu":  # type: ignore[attr-defined]
+        return 1
+    devices = math.gcd(rows, len(os.sched_getaffinity(0)))
+    jax.config.update("jax_num_cpu_devices", devices)
+    return devices
+
+
+def make_learner(work: Work, data: int = 1) -> Learner:
+    """Model, objective and optimiser of the work.
+
+    Args:
+        work: what to measure.
+        data: devices that rows are cut over.
+    """
     model = TransformerConfig(
         vocab_size=work.vocab,
         num_layers=work.layers,
@@ -41,7 +66,7 @@ def make_learner(work: Work) -> Learner:
         group_size=work.group,
         temperature=1.0,
         config=TrainStepConfig(micro_batch_size=work.group, logprob_chunk=work.response_length),
-        layout=make_layout(make_mesh(MeshConfig()), {}),
+        layout=make_layout(make_mesh(MeshConfig(data=data)), {}),
     )
 
 
@@ -133,7 +158,7 @@ def make_rl_step(
 
 def run(kind: str, work: Work, repetitions: Iterator[int]) -> dict[str, str]:
     """Does the work (see `common.serve`)."""
-    learner = make_learner(work)
+    learner = make_learner(work, data_parallel(work.slots or work.rows) if kind == "sampler" else 1)
     state = init_state(learner, work.prompts, jax.random.key(0))
     if kind == "sampler":
         rollout = make_rollout(work, learner)

@@ -12,6 +12,7 @@ from benchmarks import (
     decode_floor,
     generate,
     import_checkpoint,
+    overlap,
     prefill,
     rl_step,
     sampler,
@@ -169,6 +170,18 @@ def test_a_step_of_decoding_has_a_floor(tmp_path, capsys):
     assert step["rows"] == 8 and 0 < step["floor"] < 1
     assert 1e9 < step["flops"] < 1e14 and 1e8 < step["bandwidth"] < 1e13
     assert "wanted" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_judge_that_waits_is_waited_for_less(tmp_path, capsys):
+    path = tmp_path / "out.json"
+    assert overlap.main(["--judge=0.005", "--steps=2", f"--json={path}"]) == 0
+    found = json.loads(path.read_text())
+    assert found["judging"] == pytest.approx(0.005 * 512 / 8)
+    # A wait that is not covered is in the step; how much is covered is the benchmark's to say.
+    for name in ("while sampling", "ahead"):
+        assert 0 <= found[name]["time/judging_waited"] < found[name]["time/step"]
+    assert "of judging hidden" in capsys.readouterr().out
 
 
 @pytest.mark.slow
