@@ -65,6 +65,7 @@ class Work:
         spread: standard deviation of the logarithm of log-normal lengths, which `limit` cuts; 0
             makes them equal.
         slots: responses drawn at one time; 0 means all.
+        devices: that ours cuts rows over on a CPU; 0 means one a core, or as divide the rows.
         top_p: share of the most likely tokens that are drawn from.
         kl_coef: of the penalty for leaving the reference.
         learning_rate: of AdamW.
@@ -84,6 +85,7 @@ class Work:
     limit: int = 0
     spread: float = 0.0
     slots: int = 0
+    devices: int = 1
     top_p: float = 1.0
     kl_coef: float = 0.04
     learning_rate: float = 1e-4

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.common import MODELS, Work, machine, write_report
-from benchmarks.ours import make_learner, make_rollout
+from benchmarks.ours import cpu_devices, make_learner, make_rollout
 from flowrl_jax.learner import Learner
 from flowrl_jax.models.architecture import TransformerConfig
 from flowrl_jax.train_step import init_state
@@ -107,10 +107,10 @@ def measure(work: Work, batches: Sequence[int], steps: int, repeats: int) -> lis
         steps: that are timed of each; 0 means fewer of larger batches, 256 to 32.
         repeats: measured repetitions.
     """
-    learner = make_learner(work)
-    policy = init_state(learner, 1, jax.random.key(0)).params["policy"]
     found = []
     for rows in batches:
+        learner = make_learner(work, cpu_devices(rows))
+        policy = init_state(learner, 1, jax.random.key(0)).params["policy"]
         timed = steps or min(max(2048 // rows, 32), 256)
         here = dataclasses.replace(work, prompts=rows, group=1, response_length=FIRST + timed)
         speeds = [measure_speeds()]

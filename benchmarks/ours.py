@@ -1,5 +1,6 @@
 """This package as a child of the benchmarks (see `common.serve`)."""
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -20,31 +21,32 @@ from flowrl_jax.train_step import init_state, make_score, make_train_step
 from flowrl_jax.types import PromptBatch, Rollout, TrainBatch, TrainState
 
 
-def data_parallel(rows: int) -> int:
-    """Makes a CPU as many devices as it has cores, or as divide the rows; before jax has begun.
+def cpu_devices(rows: int, wanted: int = 0) -> int:
+    """Makes a CPU so many devices, unless jax has begun.
 
     XLA's CPU backend runs much of a step of decoding on one core of those that a device has.
 
     Args:
         rows: decoded at one time.
+        wanted: devices; 0 means one a core.
 
     Returns:
-        The devices to cut rows over; 1 where they are no CPU.
+        How many devices the rows can be cut over; 0 on what is no CPU.
     """
-    if jax.config.jax_platforms != "cpu":  # type: ignore[attr-defined]
-        return 1
-    devices = math.gcd(rows, len(os.sched_getaffinity(0)))
-    jax.config.update("jax_num_cpu_devices", devices)
-    return devices
+    with contextlib.suppress(RuntimeError):  # too late: jax has begun
+        jax.config.update("jax_num_cpu_devices", wanted or len(os.sched_getaffinity(0)))
+    return math.gcd(rows, len(jax.devices())) if jax.default_backend() == "cpu" else 0
 
 
-def make_learner(work: Work, data: int = 1) -> Learner:
+def make_learner(work: Work, devices: int = 0) -> Learner:
     """Model, objective and optimiser of the work.
 
     Args:
         work: what to measure.
-        data: devices that rows are cut over.
+        devices: that rows are cut over, each with the whole model; 0 means all that there are, with
+            the model cut over them too.
     """
+    mesh = MeshConfig(data=devices) if devices else MeshConfig()
     model = TransformerConfig(
         vocab_size=work.vocab,
         num_layers=work.layers,
@@ -66,7 +68,7 @@ def make_learner(work: Work, data: int = 1) -> Learner:
         group_size=work.group,
         temperature=1.0,
         config=TrainStepConfig(micro_batch_size=work.group, logprob_chunk=work.response_length),
-        layout=make_layout(make_mesh(MeshConfig(data=data)), {}),
+        layout=make_layout(make_mesh(mesh, jax.devices()[: devices or None]), {}),
     )
 
 
@@ -158,7 +160,8 @@ def make_rl_step(
 
 def run(kind: str, work: Work, repetitions: Iterator[int]) -> dict[str, str]:
     """Does the work (see `common.serve`)."""
-    learner = make_learner(work, data_parallel(work.slots or work.rows) if kind == "sampler" else 1)
+    devices = cpu_devices(work.slots or work.rows, work.devices)
+    learner = make_learner(work, devices)
     state = init_state(learner, work.prompts, jax.random.key(0))
     if kind == "sampler":
         rollout = make_rollout(work, learner)
