@@ -102,14 +102,14 @@ def measure(work: Work, batches: Sequence[int], steps: int, repeats: int) -> lis
     """Floor, time and their ratio.
 
     Args:
-        work: of which model and prompt length count.
+        work: of which model, prompt length and devices count.
         batches: rows that draw at one time.
         steps: that are timed of each; 0 means fewer of larger batches, 256 to 32.
         repeats: measured repetitions.
     """
     found = []
     for rows in batches:
-        learner = make_learner(work, cpu_devices(rows))
+        learner = make_learner(work, cpu_devices(rows, work.devices))
         policy = init_state(learner, 1, jax.random.key(0)).params["policy"]
         timed = steps or min(max(2048 // rows, 32), 256)
         here = dataclasses.replace(work, prompts=rows, group=1, response_length=FIRST + timed)
@@ -139,12 +139,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="A step of decoding beside its floor.")
     parser.add_argument("--model", choices=MODELS, default="5m", help="shape of the decoder")
     parser.add_argument("--batches", default="1,8,64,256", help="rows, separated by commas")
+    parser.add_argument("--devices", type=int, default=1, help="of a CPU; 0: one a core")
     parser.add_argument("--prompt-length", type=int, default=64, help="tokens")
     parser.add_argument("--steps", type=int, default=0, help="timed; 0: by the batch's size")
     parser.add_argument("--repeats", type=int, default=5, help="measured repetitions")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     values = parser.parse_args(arguments)
-    work = Work(**MODELS[values.model], prompt_length=values.prompt_length)
+    shape = {**MODELS[values.model], "prompt_length": values.prompt_length}
+    work = Work(**shape, devices=values.devices)
     batches = [int(rows) for rows in values.batches.split(",")]
     found = measure(work, batches, values.steps, values.repeats)
     columns = ("rows", "ms/step", "floor ms", "ratio", "by CPU", "GFLOP/s", "GB/s")
