@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -36,6 +37,7 @@ pytestmark = pytest.mark.slow
 
 CONFIG = REPOSITORY / "tests" / "tally_config.py"
 STEPS, EVERY = 12, 6  # as in the config
+GROUP = 4
 ROWS = 16  # of a process in a step: four prompts with four responses each
 EVALUATED = 32  # responses, four to each of eight prompts, before the first step and after the last
 # Another layout takes some sums in another order, which changes the last bits of float32, 1e-7;
@@ -217,14 +219,16 @@ def test_two_processes_are_one_run(runs: tuple[Path, Story]) -> None:
 
 
 def test_each_process_judges_its_own_rows(runs: tuple[Path, Story]) -> None:
-    """Half of the prompts each, and together those that a process alone judges."""
+    """Half of the prompts each, as they end, and together those that a process alone judges."""
     alone, story = runs
     whole = judged(alone)
     assert set(whole) == {0} and len(whole[0]) == STEPS * 2 * ROWS + EVALUATED
     assert set(story.judged) == {0, 1}
     for step in range(EVERY + 3):
         here = [story.judged[process][step * ROWS : (step + 1) * ROWS] for process in (0, 1)]
-        assert here[0] + here[1] == whole[0][step * 2 * ROWS : (step + 1) * 2 * ROWS]
+        both = whole[0][step * 2 * ROWS : (step + 1) * 2 * ROWS]
+        assert sorted(here[0] + here[1]) == sorted(both)
+        assert all(count % GROUP == 0 for prompts in here for count in Counter(prompts).values())
 
 
 def test_a_killed_process_takes_the_other_down(runs: tuple[Path, Story]) -> None:

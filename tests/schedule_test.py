@@ -101,11 +101,11 @@ def test_sizes_are_known_in_advance():
     assert growing(10, 64, 5) == [(0, 5, (15,))]
     assert len(growing(10, 64, 8192)[0].columns) == 13
     assert one_stage(10, 512, waiting=False, multiple=128) == [(0, 512, (640,))]
-    assert one_stage(10, 512, waiting=True, multiple=1) == [(0, 512, (522 + 64,))]
+    assert one_stage(10, 512, waiting=True, multiple=1) == [(0, 512, (522 + 32,))]
     assert short_before_long(10, 64, 200) == [
-        (0, 64, (10 + 64 + 64,)),
-        (64, 128, (10 + 128, 10 + 128 + 64)),
-        (128, 200, (10 + 200, 10 + 200 + 64)),
+        (0, 64, (10 + 64 + 32,)),
+        (64, 128, (10 + 128, 10 + 128 + 32)),
+        (128, 200, (10 + 200, 10 + 200 + 32)),
     ]
     assert short_before_long(10, 64, 5) == [(0, 5, (10 + 5 + 5,))]
 

@@ -58,4 +58,5 @@ def get_config(objective: str = "flowrl") -> ml_collections.ConfigDict:
     config.checkpoint.update(every=6, keep=9)
     config.sft.steps = 2
     config.metrics.tensorboard = False
+    config.rollout.slots = 16  # of 32 rows: those that end make room for others
     return config

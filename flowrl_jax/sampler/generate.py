@@ -153,12 +153,12 @@ class _Responses:
 
     def record(self, segment: "_Segment") -> None:
         """Writes down what a segment drew."""
-        log = [np.asarray(x).T for x in (segment.log.token, segment.log.logprob)]
-        log.append(np.asarray(segment.log.policy_logprob).T)
+        log = jax.device_get(segment.log)
+        drawn = [x.T for x in (log.token, log.logprob, log.policy_logprob)]
         kept = (self.tokens, self.logprobs, self.policy_logprobs)
         for slot in np.nonzero(segment.row >= 0)[0]:
             row, start, end = segment.row[slot], segment.before[slot], segment.after[slot]
-            for whole, new in zip(kept, log, strict=True):
+            for whole, new in zip(kept, drawn, strict=True):
                 whole[row, start:end] = new[slot, : end - start]
             self.length[row] = end
             if segment.ended[slot]:
@@ -217,9 +217,7 @@ class _Engine:
         width, source, last = self.prompts.tokens.shape[1], self.source, None
         waiting = self.slots * self.programs.shards < len(self.limits)
         for stage in self.programs.stages(width, waiting=waiting):
-            aside = Aside(
-                self.programs, self.programs.shards, self.slots, width + stage.limit, self.put
-            )
+            aside = Aside(self.programs, self.programs.shards, self.slots, width + stage.limit)
             decoding = _Decoding(self, stage, width + stage.drawn, source)
             last = decoding.run(responses, aside, last)
             source = aside
@@ -229,7 +227,10 @@ class _Engine:
         responses.record(last)
 
     def put(self, x: np.ndarray) -> jax.Array:
-        """An array with the shards, or the rows, as its first axis."""
+        """An array with the shards, or the rows, as its first axis.
+
+        For programs with arguments of two meshes: others take numbers as they are, which is faster.
+        """
         return _put(x, self.programs.within)
 
 
@@ -273,7 +274,7 @@ class _Decoding:
             )
             if last:  # while the device decodes
                 responses.record(last)
-            active, stopped, after, column = map(np.asarray, seen)
+            active, stopped, after, column = jax.device_get(seen)
             self.column = int(column)
             schedule.ended(active, after)
             leaves = self._leaves(row, stopped.reshape(row.shape))
@@ -314,11 +315,10 @@ class _Decoding:
 
     def _admit(self, slots: Slots) -> Slots:
         """Lets waiting rows in."""
-        put = self.engine.put
         for refill in self.schedule.refill(self.column):
             arrays = (refill.slot, refill.place, refill.row, refill.count)
             starts = self.source.starts(refill.chunk)
-            slots = self.programs.enter(slots, starts, self.rows, *map(put, arrays))
+            slots = self.programs.enter(slots, starts, self.rows, *arrays)
         self.source.forget(before=self.schedule.oldest_chunk())
         return slots
 
@@ -333,11 +333,14 @@ class _Decoding:
         shift = min(unused, self.column - self.width)
         self.column -= shift
         schedule.entered -= shift
+        slots = self.programs.shift(slots, np.int32(shift)) if shift else slots
         wanted = self.column + min(
             max(schedule.remaining(), 1), max(self.programs.config.first_columns // 2, 1)
         )
         sizes = self.stage.columns
-        columns = next((size for size in sizes if size >= wanted), sizes[-1])
+        wanted = next((size for size in sizes if size >= wanted), sizes[-1])
+        if take is None and wanted == columns:
+            return slots
         if take is None:
             take = np.tile(np.arange(schedule.slots, dtype=np.int32), (schedule.shards, 1))
-        return self.programs.move(slots, self.engine.put(take), np.int32(shift), columns)
+        return self.programs.resize(slots, take, wanted)

@@ -36,6 +36,7 @@ from flowrl_jax.sharding import Layout, constrain
 from flowrl_jax.types import PromptBatch, Rollout
 
 _MULTIPLES = {"pallas": CHUNK, "triton": SPLIT}  # of columns, that a kernel reads
+_CHUNK = 128  # columns that are copied at one time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,26 +283,34 @@ class Programs:
         )(changed, *arguments)
 
     @functools.cached_property
-    def move(self) -> Callable:
-        """Of `Slots`, slots to keep `[D, s]`, a shift and static columns: `Slots` moved."""
-        return self._jit(self._move, Slots, static_argnums=3)
+    def shift(self) -> Callable:
+        """Of `Slots` and a number of columns: `Slots` without the first so many, in place.
 
-    def _move(self, slots: Slots, take, shift, columns: int) -> Slots:
-        def local(slots, take, shift):
+        The columns that come free at the end hold anything.
+        """
+        return self._jit(self._shift, Slots, donate_argnums=0)
+
+    def _shift(self, slots: Slots, shift) -> Slots:
+        caches = self._map_caches(functools.partial(_drop_columns, shift), slots.caches)
+        return Slots(slots.row, caches, slots.column - shift)
+
+    @functools.cached_property
+    def resize(self) -> Callable:
+        """Of `Slots`, slots to keep `[D, s]` and static columns: `Slots` of another size."""
+        return self._jit(self._resize, Slots, static_argnums=2)
+
+    def _resize(self, slots: Slots, take, columns: int) -> Slots:
+        def local(slots, take):
             def cache(axis, x):
-                moved = jnp.roll(x[take[0]], -shift, axis)
-                kept = jax.lax.slice_in_dim(moved, 0, min(columns, x.shape[axis]), axis=axis)
+                kept = jax.lax.slice_in_dim(x[take[0]], 0, min(columns, x.shape[axis]), axis=axis)
                 pad = [(0, 0)] * x.ndim
                 pad[axis] = (0, columns - kept.shape[axis])
                 return jnp.pad(kept, pad)
 
-            return Slots(
-                row=jax.tree.map(lambda x: x[take[0]], slots.row),
-                caches=self._map_caches(cache, slots.caches),
-                column=slots.column - shift,
-            )
+            row = jax.tree.map(lambda x: x[take[0]], slots.row)
+            return Slots(row, self._map_caches(cache, slots.caches), slots.column)
 
-        return self._by_shards(local, slots, take, shift)
+        return self._by_shards(local, slots, take)
 
     @functools.cached_property
     def segment(self) -> Callable:
@@ -420,6 +429,26 @@ def _copy_columns(
     columns = jax.lax.dynamic_slice(new, at(row, jnp.maximum(first, 0)), sizes)
     columns = jnp.roll(columns, jnp.maximum(-first, 0), axis)
     return jax.lax.dynamic_update_slice(old, columns, at(*target))
+
+
+def _drop_columns(shift: jax.Array, axis: int, x: jax.Array) -> jax.Array:
+    """`x` without its first `shift` columns, a chunk at a time, so that nothing else is as large.
+
+    What a chunk reads lies behind what those before it have written.
+    """
+    columns, width = x.shape[axis], min(x.shape[axis], _CHUNK)
+    place = jnp.arange(width).reshape([-1 if i == axis else 1 for i in range(x.ndim)])
+
+    def chunk(i, x):
+        target = jnp.minimum(i * width, columns - width)
+        source = jnp.minimum(target + shift, columns - width)
+        new = jax.lax.dynamic_slice_in_dim(x, source, width, axis)
+        new = jnp.roll(new, source - target - shift, axis)
+        old = jax.lax.dynamic_slice_in_dim(x, target, width, axis)
+        new = jnp.where(place >= i * width - target, new, old)
+        return jax.lax.dynamic_update_slice_in_dim(x, new, target, axis)
+
+    return jax.lax.fori_loop(0, (columns - shift + width - 1) // width, chunk, x)
 
 
 @functools.lru_cache(maxsize=32)

@@ -277,10 +277,10 @@ class Stage(NamedTuple):
 def _largest(limit: int, *, waiting: bool) -> int:
     """Columns for `limit` tokens, and some more where rows come in later than others.
 
-    Caches are moved along when these are full: once in so many tokens, which costs little beside
-    reading them at each.
+    When these are full the oldest columns are dropped, which copies what is left. With C columns
+    that and reading the spare ones at each token cost least where about sqrt(2 C) are spare.
     """
-    return limit + max(limit // 16, min(limit, 64)) * waiting
+    return limit + max(limit // 16, min(limit, 32)) * waiting
 
 
 def one_stage(width: int, limit: int, *, waiting: bool, multiple: int) -> list[Stage]:

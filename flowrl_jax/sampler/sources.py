@@ -11,9 +11,6 @@ from flowrl_jax.sampler.schedule import Groups, Waiting, lists
 from flowrl_jax.sampler.slots import Slots, Starts
 from flowrl_jax.types import PromptBatch
 
-Put = Callable[[np.ndarray], jax.Array]
-"""Puts an array with the shards as its first axis where its parts belong."""
-
 
 class Leaving(NamedTuple):
     """A row that is to be put aside.
@@ -57,11 +54,16 @@ class ReadPrompts:
         params: of the policy.
         prompts: of all rows.
         groups: which prompt is in which chunk.
-        put: see `Put`.
+        put: puts an array with the shards as its first axis where its parts belong.
     """
 
     def __init__(
-        self, programs: Programs, params: Any, prompts: PromptBatch, groups: Groups, put: Put
+        self,
+        programs: Programs,
+        params: Any,
+        prompts: PromptBatch,
+        groups: Groups,
+        put: Callable[[np.ndarray], jax.Array],
     ):
         self._programs, self._params, self._prompts = programs, params, prompts
         self._groups, self._put = groups, put
@@ -91,11 +93,10 @@ class Aside:
         shards: that rows are cut over.
         size: rows of a shard in a chunk.
         width: columns of each.
-        put: see `Put`.
     """
 
-    def __init__(self, programs: Programs, shards: int, size: int, width: int, put: Put):
-        self._programs, self._size, self._width, self._put = programs, size, width, put
+    def __init__(self, programs: Programs, shards: int, size: int, width: int):
+        self._programs, self._size, self._width = programs, size, width
         self._rows: list[list[Waiting]] = [[] for _ in range(shards)]
         self._kept: dict[int, Starts] = {}
 
@@ -116,9 +117,7 @@ class Aside:
             if chunk not in self._kept:
                 self._kept[chunk] = self._programs.room(slots, shards * self._size, self._width)
             arrays = lists((shards, self._size), rows)
-            self._kept[chunk] = self._programs.put_aside(
-                self._kept[chunk], slots, *map(self._put, arrays)
-            )
+            self._kept[chunk] = self._programs.put_aside(self._kept[chunk], slots, *arrays)
 
     def waiting(self) -> list[list[Waiting]]:
         """As `Source`."""

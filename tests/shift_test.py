@@ -1,0 +1,66 @@
+"""A cache that is full of columns nobody attends to any more loses the first of them, in place."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from flowrl_jax.models.cache import KVCache
+from flowrl_jax.sampler import SamplerConfig
+from flowrl_jax.sampler.programs import Programs
+from flowrl_jax.sampler.slots import Slots
+from tests.tiny import tiny_config
+
+SLOTS, HEADS, WIDTH = 3, 2, 4
+
+
+def make_programs(cache: str) -> Programs:
+    """Those of a decoder of two layers."""
+    config = SamplerConfig(max_response_length=500, eos_ids=(3,), group_size=1, cache=cache)
+    return Programs(tiny_config(num_layers=2), config, None, None)
+
+
+def draw_slots(programs: Programs, columns: int) -> Slots:
+    """Slots without rows whose caches hold random numbers and are full."""
+    rng = np.random.default_rng(columns)
+
+    def array(axis: int | None, dtype: Any, rank: int):
+        if axis is None:
+            return None
+        shape = [SLOTS, HEADS, *[WIDTH] * (rank - 2)]
+        shape[axis] = columns
+        return jax.numpy.array(rng.integers(-99, 99, shape).astype(dtype))
+
+    dtypes = (programs.cache_dtype,) * 2 + (np.float32,) * 2
+    axes = programs.column_axes
+    layers = [KVCache(*map(array, axes, dtypes, (4, 4, 3, 3))) for _ in range(2)]
+    row: Any = None
+    return Slots(row, tuple(layers), jax.numpy.int32(columns))
+
+
+@pytest.mark.parametrize("cache", ["float32", "int8"])
+@pytest.mark.parametrize("columns", [5, 128, 301])
+def test_what_is_left_is_what_was_there(cache, columns):
+    """Around the chunk of 128 columns, and where the last chunk is not a whole one."""
+    programs = make_programs(cache)
+    for shift in {0, 1, 4, 64, 127, 128, 172, 173, 300} & set(range(columns)):
+        before = draw_slots(programs, columns)
+        wanted = jax.tree.map(np.array, before.caches)
+        after = programs.shift(before, np.int32(shift))
+        assert after.column == columns - shift
+        for old, new in zip(wanted, after.caches, strict=True):
+            for axis, x, y in zip(programs.column_axes, old, new, strict=True):
+                if axis is not None:
+                    kept = np.take(np.array(y), np.arange(columns - shift), axis)
+                    np.testing.assert_array_equal(kept, np.take(x, range(shift, columns), axis))
+
+
+def test_nothing_else_is_as_large():
+    """Of a cache of twelve chunks, two at a time at most are held twice."""
+    programs = make_programs("float32")
+    slots = draw_slots(programs, 12 * 128)
+    sizes = programs.shift.lower(slots, np.int32(5)).compile().memory_analysis()
+    cache = sum(x.nbytes for x in jax.tree.leaves(slots.caches))
+    assert sizes.alias_size_in_bytes >= cache
+    assert sizes.temp_size_in_bytes < cache / 4 / 3  # four arrays of the size of one
