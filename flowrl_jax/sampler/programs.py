@@ -427,7 +427,9 @@ def _copy_columns(
     sizes = (1, *new.shape[1:axis], width, *new.shape[axis + 1 :])
     row, first = source
     columns = jax.lax.dynamic_slice(new, at(row, jnp.maximum(first, 0)), sizes)
-    columns = jnp.roll(columns, jnp.maximum(-first, 0), axis)
+    # Few rows are that short, and rolling copies twice.
+    roll = functools.partial(jnp.roll, shift=-first, axis=axis)
+    columns = jax.lax.cond(first < 0, roll, lambda columns: columns, columns)
     return jax.lax.dynamic_update_slice(old, columns, at(*target))
 
 
