@@ -25,7 +25,7 @@ BENCHMARK = Benchmark(
     kind="sampler",
     peers=("tunix", "transformers"),
     variants={"equal": equal},
-    work=Work(prompts=32, group=4, response_length=128, limit=512, spread=1.0, slots=32),
+    work=Work(prompts=128, group=4, response_length=128, limit=512, spread=1.0, slots=32),
     at_least={"equal": {"tokens_per_second": 0.85}},
 )
 
