@@ -27,6 +27,7 @@ from flowrl_jax.models.decode_kernel import CHUNK
 from flowrl_jax.models.decode_triton import SPLIT
 from flowrl_jax.models.rotary import Rotation
 from flowrl_jax.models.transformer import TransformerConfig
+from flowrl_jax.sampler.columns import copy_columns, drop_columns
 from flowrl_jax.sampler.sampling import draw
 from flowrl_jax.sampler.schedule import Stage, growing, one_stage, short_before_long
 from flowrl_jax.sampler.settings import SamplerConfig
@@ -36,7 +37,6 @@ from flowrl_jax.sharding import Layout, constrain
 from flowrl_jax.types import PromptBatch, Rollout
 
 _MULTIPLES = {"pallas": CHUNK, "triton": SPLIT}  # of columns, that a kernel reads
-_CHUNK = 128  # columns that are copied at one time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +226,7 @@ class Programs:
                     fixed=jax.tree.map(lambda x: x[who], rows),
                 )
                 target = (at, slots.column - width)
-                copy = functools.partial(_copy_columns, (of, 0), target, width)
+                copy = functools.partial(copy_columns, (of, 0), target, width)
                 return Slots(
                     row=jax.tree.map(lambda x, value: x.at[at].set(value), slots.row, values),
                     caches=self._map_caches(copy, starts.caches, slots.caches),
@@ -250,7 +250,7 @@ class Programs:
             def one(i, starts):
                 at, to = slot[0, i], place[0, i]
                 first = end[0, i] - width
-                copy = functools.partial(_copy_columns, (at, first), (to, 0), width)
+                copy = functools.partial(copy_columns, (at, first), (to, 0), width)
                 names = ("token", "length", "drawn", "search")
                 values = {
                     name: getattr(starts, name).at[to].set(getattr(slots.row, name)[at])
@@ -291,7 +291,7 @@ class Programs:
         return self._jit(self._shift, Slots, donate_argnums=0)
 
     def _shift(self, slots: Slots, shift) -> Slots:
-        caches = self._map_caches(functools.partial(_drop_columns, shift), slots.caches)
+        caches = self._map_caches(functools.partial(drop_columns, shift), slots.caches)
         return Slots(slots.row, caches, slots.column - shift)
 
     @functools.cached_property
@@ -409,48 +409,6 @@ class Programs:
         if self.layout is None:
             return jax.jit(assemble)
         return self.layout.jit(assemble, out_shardings=self.layout.batch)
-
-
-def _copy_columns(
-    source: tuple, target: tuple, width: int, axis: int, new: jax.Array, old: jax.Array
-) -> Any:
-    """`old` with some columns of a row of `new`; source and target are row and first column.
-
-    Before the first column of `new` there is nothing that matters.
-    """
-
-    def at(row, column):
-        index = [row] + [0] * (new.ndim - 1)
-        index[axis] = column
-        return tuple(index)
-
-    sizes = (1, *new.shape[1:axis], width, *new.shape[axis + 1 :])
-    row, first = source
-    columns = jax.lax.dynamic_slice(new, at(row, jnp.maximum(first, 0)), sizes)
-    # Few rows are that short, and rolling copies twice.
-    roll = functools.partial(jnp.roll, shift=-first, axis=axis)
-    columns = jax.lax.cond(first < 0, roll, lambda columns: columns, columns)
-    return jax.lax.dynamic_update_slice(old, columns, at(*target))
-
-
-def _drop_columns(shift: jax.Array, axis: int, x: jax.Array) -> jax.Array:
-    """`x` without its first `shift` columns, a chunk at a time, so that nothing else is as large.
-
-    What a chunk reads lies behind what those before it have written.
-    """
-    columns, width = x.shape[axis], min(x.shape[axis], _CHUNK)
-    place = jnp.arange(width).reshape([-1 if i == axis else 1 for i in range(x.ndim)])
-
-    def chunk(i, x):
-        target = jnp.minimum(i * width, columns - width)
-        source = jnp.minimum(target + shift, columns - width)
-        new = jax.lax.dynamic_slice_in_dim(x, source, width, axis)
-        new = jnp.roll(new, source - target - shift, axis)
-        old = jax.lax.dynamic_slice_in_dim(x, target, width, axis)
-        new = jnp.where(place >= i * width - target, new, old)
-        return jax.lax.dynamic_update_slice_in_dim(x, new, target, axis)
-
-    return jax.lax.fori_loop(0, (columns - shift + width - 1) // width, chunk, x)
 
 
 @functools.lru_cache(maxsize=32)
