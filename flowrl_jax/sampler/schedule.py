@@ -289,7 +289,7 @@ def one_stage(width: int, limit: int, *, waiting: bool, multiple: int) -> list[S
     Args:
         width: of the prompts' caches.
         limit: tokens of a response, at most.
-        waiting: whether rows come in later than others, so that a cache is moved along.
+        waiting: whether rows come in later than others, so that columns are dropped.
         multiple: that columns are rounded up to.
     """
     columns = width + _largest(limit, waiting=waiting)
