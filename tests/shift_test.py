@@ -91,7 +91,7 @@ def test_a_tpu_needs_no_second_cache(cache):
 
     assert programs.column_axes.key == 2  # as the TPU's kernel wants it
     layer = KVCache(*map(abstract, where.caches[0], (4, 4, 3, 3)[: 2 + 2 * (cache == "int8")]))
-    number = jax.ShapeDtypeStruct((), np.int32, sharding=where.column)
+    number: Any = jax.ShapeDtypeStruct((), np.int32, sharding=where.column)
     row: Any = None
     slots = Slots(row, (layer,) * 28, number)
     shift = layout.jit(
