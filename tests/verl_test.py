@@ -29,6 +29,7 @@ CALLS = [{"input": "3", "output": "9", "testtype": "functional", "metadata": {"f
 SQUARE = "n = int(input())\nprint(n * n)"
 FUNCTION = "def f(n):\n    return n * n"
 IDLE = "def check(f):\n    assert f(1)"
+ONLY_NAMED = (f"{IDLE}\n# check(f)", f'{IDLE}\nprint("check(f)")', f"{IDLE}\n    check(f)")
 # What a ground truth may be, its source, and a program that passes it.
 TRUTHS = {
     "pairs": (json.dumps(PAIRS), "taco", SQUARE),
@@ -110,7 +111,7 @@ def test_code_rows_by_other_names(tmp_path):
         ),
         *(
             ({"reward_model": {"ground_truth": truth}}, "do not call it")
-            for truth in (IDLE, json.dumps([IDLE]), json.dumps({"test": IDLE}))
+            for truth in (IDLE, json.dumps([IDLE]), json.dumps({"test": IDLE}), *ONLY_NAMED)
         ),
         ({"reward_model": {"style": "rule"}}, "no field 'reward_model.ground_truth'"),
         ({"data_source": None}, "'data_source'=None"),

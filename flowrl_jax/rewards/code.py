@@ -171,11 +171,21 @@ def _asserting(text: str) -> None:
         " forms that tests have",
     )
     require(
-        not re.search(r"^def check\(", text, re.MULTILINE)
-        or bool(re.search(r"(?<!def )\bcheck\s*\(", text)),
+        not re.search(r"^def check\(", text, re.MULTILINE) or _calls_check(text),
         f"tests {text[:60]!r}: define check and do not call it, so that any program passes; give"
         ' JSON with "test" and "entry_point"',
     )
+
+
+def _calls_check(test: str) -> bool:
+    """Whether code calls `check` when it is run; a call in a definition is not taken for one."""
+    definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    try:
+        run = [one for one in ast.parse(test).body if not isinstance(one, definitions)]
+    except SyntaxError:
+        return True  # and every program fails
+    nodes = (node for statement in run for node in ast.walk(statement))
+    return any(isinstance(node, ast.Call) and ast.unparse(node.func) == "check" for node in nodes)
 
 
 def dump(tests: Tests) -> str:
@@ -196,7 +206,7 @@ def humaneval(row: Mapping[str, Any]) -> Tests:
     function, test = row.get("entry_point") or "", row["test"]
     if not function:
         _asserting(test)
-    called = not function or re.search(r"^check\(", test, re.MULTILINE)
+    called = not function or _calls_check(test)
     return Tests(
         "assert",
         (test if called else f"{test}\ncheck({function})\n",),
