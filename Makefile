@@ -37,7 +37,7 @@ quickstart: $(RUNTIME) ## warm-up, FlowRL and GRPO on Countdown, then runs/quick
 test: $(TEST) ## all tests
 	$(RUN) -m pytest $(SHARED)
 
-test-fast: $(TEST) ## the tests that take seconds
+test-fast: $(TEST) ## the quick tests, in under three minutes
 	$(RUN) -m pytest $(SHARED) -m "not slow"
 
 test-accelerator: $(TEST) ## the tests that need the GPU or TPU named by ACCELERATOR

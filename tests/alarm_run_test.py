@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from flowrl_jax import report
 from flowrl_jax import train as train_module
 from flowrl_jax.checkpoint import saved_steps
@@ -9,6 +11,7 @@ from flowrl_jax.metrics import read_metrics
 from tests.tiny_runs import one_device, tiny_arguments
 
 
+@pytest.mark.slow
 def test_an_alarm_stops_the_run_and_resuming_goes_on(tmp_path, capsys):
     """A policy of random weights solves nothing, so that its reward stands still."""
     arguments = [

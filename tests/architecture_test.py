@@ -186,6 +186,7 @@ def test_package_keeps(rule: Rule) -> None:
     assert not found, "\n".join(["", *found])
 
 
+@pytest.mark.slow
 def test_package_has_no_import_cycle() -> None:
     found = cycle(PACKAGE)
     assert not found, " imports ".join(reversed(found))

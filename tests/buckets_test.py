@@ -106,6 +106,7 @@ def fused(name):
     return at_once(learner_of(OBJECTIVES[name]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in OBJECTIVES]
 )
@@ -113,6 +114,7 @@ def test_the_step_is_the_fused_one(name):
     assert_same(by_buckets(learner_of(OBJECTIVES[name])), fused(name))
 
 
+@pytest.mark.slow
 def test_order_of_rows_and_size_of_micro_batches_do_not_matter():
     rows = np.random.default_rng(0).permutation(8)
     turned = jax.tree.map(lambda x: x[rows], BATCH)
@@ -134,6 +136,7 @@ MESHES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda shape: "x".join(map(str, shape)))
 def test_the_step_does_not_depend_on_the_mesh(mesh):
     """Micro-batches take rows from everywhere, and have rows on every shard."""
@@ -147,6 +150,7 @@ def test_the_step_does_not_depend_on_the_mesh(mesh):
     assert_same(by_buckets(learner, batch), at_once(alone, batch))
 
 
+@pytest.mark.slow
 def test_adapters():
     config = tiny_config(lora=LoraConfig(rank=3))
     learner = learner_of(OBJECTIVES["head"], config)
@@ -163,6 +167,7 @@ def test_adapters():
     assert_same(*results)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 8, 1)])
 def test_scores_are_in_order(mesh):
     """Of a whole rollout, whose rows are no multiple of the micro-batch."""
@@ -187,6 +192,7 @@ def adam():
     return learner, make_update(learner, 8)
 
 
+@pytest.mark.slow
 def test_programs_are_as_many_as_lengths(adam):
     """One for each bucket that occurs, and two more; then none, whatever the lengths are."""
     learner, update = adam
@@ -257,6 +263,7 @@ def test_padding_saved():
     assert padding_saved(bucketed(learner), lengths, LIMIT) == pytest.approx(1 - (14 + 8 + 8) / 56)
 
 
+@pytest.mark.slow
 def test_a_run_in_buckets_is_the_run_without(tmp_path):
     """Of an objective whose first loss is not zero, although nobody earns a reward."""
     changes = {

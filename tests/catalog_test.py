@@ -55,6 +55,7 @@ REAL = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "path", "split", "count", "extra", "answer"),
     REAL,

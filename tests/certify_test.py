@@ -11,6 +11,7 @@ from flowrl_jax.certify import CertifyConfig
 SMALL = {"vocabulary": 5, "length": 3, "rollouts": 1200, "groups": 16}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "beta", "target"),
     [
@@ -57,11 +58,13 @@ def test_the_paper_s_loss_ends_at_the_length_tilted_law(seed):
     assert found["log_z_error"] < 0.02
 
 
+@pytest.mark.slow
 def test_a_learned_log_z_is_certified_too():
     found = certify.certify(CertifyConfig("tb", seed=9, beta=2.0, **SMALL))
     assert found["log_z_error"] < 0.01
 
 
+@pytest.mark.slow
 def test_a_maximiser_is_compared_with_the_best_responses(tmp_path, capsys):
     output = tmp_path / "grpo.json"
     flags = ["--vocabulary=4", "--length=3", "--rollouts=200", "--groups=4"]

@@ -102,6 +102,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory, mesh: Mesh) -> tuple[Path, T
     return directory, make(mesh, seed=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [True, False])
 @pytest.mark.parametrize("log_z", LOG_Z)
 def test_round_trip_is_exact(tmp_path: Path, mesh: Mesh, log_z: str, asynchronous: bool) -> None:
@@ -303,6 +304,7 @@ def damage(content: bytes, how: str) -> bytes | None:
     return bytes(flipped)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["deleted", "truncated", "garbage", "bit flipped"])
 def test_damage_to_any_file_is_harmless_or_refused(
     saved, tmp_path: Path, mesh: Mesh, how: str, capfd: pytest.CaptureFixture

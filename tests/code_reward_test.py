@@ -198,6 +198,7 @@ def verdicts(sandbox, items, limits=LIMITS):
         return list(threads.map(run, items))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "every"), [("mbpp", 12), ("humanevalplus", 20)])
 def test_references_pass(sandbox, shared_data, name, every):
     items = [item for item in load(shared_data, name)[::every] if item[0] not in KNOWN_BAD]
@@ -247,6 +248,7 @@ class Nudge(ast.NodeTransformer):
         return node
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["humanevalplus", "mbpp"])
 def test_mutants_fail(sandbox, shared_data, name):
     items = load(shared_data, name)[3 :: {"humanevalplus": 32, "mbpp": 60}[name]]

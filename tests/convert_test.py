@@ -139,6 +139,7 @@ def assert_equal_to_transformers(folder: Path, config: Any, params: Any, eos: tu
 # --- Export
 
 
+@pytest.mark.slow
 def test_exported_run_is_the_policy_in_transformers(parity_packages):
     run, folder = trained(), exported()
     parts = assemble(settings(run), run)
@@ -227,6 +228,7 @@ def imported() -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_export_of_an_import_is_bit_identical(tmp_path):
     export_run(settings(imported()), imported(), tmp_path / "half", dtype="bfloat16")
     assert_same_bits(tensors(tmp_path / "half"), tensors(source()))
@@ -279,6 +281,7 @@ def test_template_of_the_run_goes_along(tmp_path):
     assert not (tmp_path / "b" / "chat_template.jinja").exists()
 
 
+@pytest.mark.slow
 def test_stories_go_in_and_out(shared_data, parity_packages, tmp_path):
     folder = shared_data / "stories260K" / "hf"
     changes = {"model__path": folder, "tokenizer__add_bos": True, "tokenizer__eos_ids": "(1,)"}

@@ -300,6 +300,7 @@ def stepped(step, learner, batch):
     return jax.device_get((state.opt_state, found))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", STEPS)
 def test_a_step_gives_the_same_however_it_is_cut(kind):
     """Whole, in micro-batches, in length buckets and with its rows in another order."""
@@ -391,6 +392,7 @@ def test_objectives_refuse_what_they_cannot_weigh():
                     check_correction(config, CorrectionConfig(kind))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset, kind", [("flowrl", "sequence"), ("grpo", "token_mask")])
 def test_a_run_logs_how_well_both_agree(tmp_path, preset, kind):
     """In float32, at temperature 1, the two programs differ by rounding alone: below 1e-5."""

@@ -325,6 +325,7 @@ def test_story_rows(tmp_path):
     assert task.judge(" ".join(row["words"]) + ".", row).reward == 1.25
 
 
+@pytest.mark.slow
 def test_processes_may_prepare_at_once(tmp_path):
     # Imports come first and a line on stdin is the starting signal, so that they truly race.
     program = (

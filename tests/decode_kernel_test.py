@@ -27,6 +27,7 @@ def in_eight_bits(cache: KVCache) -> KVCache:
     return KVCache(key, value, key_scale, value_scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "column", "length"),
     [
@@ -42,6 +43,7 @@ def test_equals_loops_at_odd_sizes(shape, column, length):
     np.testing.assert_allclose(out, loops(query, *cache[:2], column, length), atol=3e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "options", "tolerance"),
     [
@@ -65,6 +67,7 @@ def test_options_and_dtypes(kind, options, tolerance):
     np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float32", "int8"])
 def test_reads_only_what_is_visible(kind):
     """Whatever else the cache holds, NaN as well, changes nothing."""
@@ -93,6 +96,7 @@ def test_copies_arrive_before_they_are_used():
     np.testing.assert_allclose(out, loops(query, *cache[:2], column, length), atol=3e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "kind"),
     [

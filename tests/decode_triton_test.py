@@ -42,6 +42,7 @@ CASE: dict[str, Any] = {
 CUSTOM_CALL = "__gpu$xla.gpu.triton"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [0, 140])
 @pytest.mark.parametrize(
     ("shape", "column", "length"),
@@ -59,6 +60,7 @@ def test_equals_loops_at_odd_sizes(shape, column, length, window):
     np.testing.assert_allclose(out, expected, atol=3e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16_rounds_results_and_not_sums():
     column, length = 760, [761, 0, 300]
     query, cache = draw(3, 6, 2, 768, 64, jnp.bfloat16)
@@ -69,6 +71,7 @@ def test_bfloat16_rounds_results_and_not_sums():
     np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=2**-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_slots_without_a_row_are_zero(dtype):
     query, cache = draw(3, 4, 2, 512, 16, dtype)
@@ -88,6 +91,7 @@ def test_what_is_hidden_changes_nothing():
     assert np.any(first[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("heads", "kv_heads"),
     [

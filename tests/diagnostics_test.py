@@ -61,6 +61,7 @@ def ratios(mask: np.ndarray = MASK) -> list[float]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [12, 4, 1])
 def test_shares_and_quotients_do_not_depend_on_the_cut(size):
     found = merged(FlowRLConfig(), size)

@@ -167,6 +167,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "snippet",
     [

@@ -96,6 +96,7 @@ def test_draws_have_the_probabilities_of_the_policy():
         assert (np.abs(counts / 20_000 - exact[i]) < error).all()
 
 
+@pytest.mark.slow
 def test_what_is_drawn_is_told_consistently():
     problem, params = table_problem()
     rows = draw(Table(), params, problem, jnp.arange(200) % 2, jax.random.key(1))
@@ -245,6 +246,7 @@ def test_a_prior_has_the_asked_share_of_right_answers():
     np.testing.assert_allclose((target * problem.correct).sum(axis=1), 0.2)
 
 
+@pytest.mark.slow
 def test_a_network_is_fitted_to_a_prior():
     problem = graph_routes(prompts=3, nodes=6, length=3)
     target = skewed_prior(problem, 0, solved=0.3, skew=0.0)
@@ -267,6 +269,7 @@ def trained(preset, config=TINY, seed=0):
     return jax.jit(run)(problem, problem, params, start, jax.random.key(seed), rate)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "preset", ["flowrl", "tb_ema", "gflowrl", "ftb_jensen_shannon", "dapo", "ppo", "subtb"]
 )
@@ -278,6 +281,7 @@ def test_every_kind_of_objective_trains(preset):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((found, params)))
 
 
+@pytest.mark.slow
 def test_stale_rollouts_are_those_of_the_first_policy():
     """As long as only rollouts of the start are learned from, their age does not matter."""
     fresh = dataclasses.replace(TINY, rollouts=1, points=1)
@@ -289,6 +293,7 @@ def test_stale_rollouts_are_those_of_the_first_policy():
     assert not np.allclose(one["accuracy"][-1], two["accuracy"][-1])
 
 
+@pytest.mark.slow
 def test_a_reset_takes_the_reference_along():
     """With a reset before every rollout, FlowRL's penalty holds nothing back but one step."""
     often = dataclasses.replace(TINY, rollouts=60, points=2, reset_every=1)

@@ -51,6 +51,7 @@ def divergence_of(log_policy, log_target, kind):
     return jnp.sum(policy * (log_policy - middle) + target * (log_target - middle))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DIVERGENCES)
 @pytest.mark.parametrize("off", [0.0, 0.7])
 def test_balance_of_other_divergences(kind, off):
@@ -95,6 +96,7 @@ def test_at_the_target_all_divergences_agree(kind):
     np.testing.assert_allclose(grad, 0.0, atol=EXACT)
 
 
+@pytest.mark.slow
 def test_flowrl_without_its_square_is_a_row_of_the_policy_gradients():
     """2 beta [REINFORCE with GRPO's advantage + mean (d/n + log Z)^2 / (2 beta)] at ratio 1.
 

@@ -169,6 +169,7 @@ def our_logits(config: TransformerConfig, params: Any, tokens: Any, mask: Any) -
     return np.asarray(run(params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PEERS)
 def test_logits_equal_transformers(peers, name):
     peer = peers(name)

@@ -81,6 +81,7 @@ def edit_tensors(file: Path, **tensors: Any) -> None:
 # --- Out and in again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("shard_bytes", [2**30, 9_000], ids=["one-file", "sharded"])
@@ -191,6 +192,7 @@ def test_numbers_that_are_not_finite_are_seen(value, dtype):
     assert not hf._all_finite(numbers)
 
 
+@pytest.mark.slow
 def test_vocabulary_is_padded_for_the_mesh_and_saved_without(tmp_path):
     config = dataclasses.replace(TINY, vocab_size=61)
     params = random_params(config)

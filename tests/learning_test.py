@@ -25,6 +25,7 @@ MODEL = Transformer(CONFIG)
 SAMPLER = SamplerConfig(max_response_length=LENGTH, eos_ids=(1,), group_size=GROUP)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "preset", ["flowrl", pytest.param("flowrl_paper", marks=pytest.mark.slow), "grpo"]
 )

@@ -86,6 +86,7 @@ def test_initialised_like_torch():
     assert not np.array_equal(params["hidden_0"]["kernel"], params["hidden_1"]["kernel"])
 
 
+@pytest.mark.slow
 def test_zero_init_starts_at_exactly_zero():
     config = LogZConfig(zero_init=True)
     params = init(config, WIDTH, 0)
@@ -152,6 +153,7 @@ def test_dropout_belongs_to_the_row():
     assert float((whole == 0).mean()) == pytest.approx(0.25, abs=0.05)
 
 
+@pytest.mark.slow
 def test_dropout_differs_between_layers():
     """With the same noise in both layers, dropping would be correlated."""
     config = LogZConfig(dropout=0.5)

@@ -33,6 +33,7 @@ def whole(hidden, unembedding, targets, temperature):
     return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("chunk", [1, 3, 7, 100])
 def test_values_and_gradients(chunk, temperature):
@@ -61,6 +62,7 @@ def capped(hidden, unembedding, targets, temperature, softcap, count):
     return jnp.take_along_axis(logprobs, targets[..., None], -1)[..., 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("softcap", "count"), [(2.0, 0), (0.0, 19), (1.5, 20)])
 def test_soft_caps_and_ids_that_do_not_exist(softcap, count):
     hidden, unembedding, targets, cotangent = inputs()

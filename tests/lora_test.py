@@ -41,6 +41,7 @@ def adapters(config=CONFIG, seed: int = 0) -> Any:
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype), shapes)
 
 
+@pytest.mark.slow
 def test_fresh_adapters_change_nothing():
     """To the bit: B is zero, and a number plus zero is that number."""
     base = tiny_params(CONFIG)
@@ -52,6 +53,7 @@ def test_fresh_adapters_change_nothing():
     assert a.shape == (2, 16, 3) and 0.1 < np.std(a) < 0.4  # 16 ** -0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_each_adapter_adds_its_product(target):
     """Against weights that have the product added to them by numpy."""
@@ -86,6 +88,7 @@ def test_policy_comes_apart_again():
     assert jax.tree.structure(merged(policy, LORA)) == jax.tree.structure(base)
 
 
+@pytest.mark.slow
 def test_sampler_knows_adapters():
     """Its log-probabilities are the trainer's, adapters on."""
     policy = with_adapters(tiny_params(CONFIG), adapters())
@@ -117,6 +120,7 @@ def step_with(mesh, micro_batch_size=0, optimizer=None):
     return jax.device_get((after, metrics))
 
 
+@pytest.mark.slow
 def test_adapters_alone_are_trained():
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2), 10, 1, train_log_z=True)
     after, metrics = step_with((1, 1, 1), optimizer=optimizer)

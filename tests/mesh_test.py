@@ -50,6 +50,7 @@ def alone():
     return gradient((1, 1, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES, ids=name)
 def test_loss_and_gradient_do_not_depend_on_the_mesh(mesh, alone):
     """In micro-batches as well, added in place: each takes rows of every shard."""
@@ -79,6 +80,7 @@ def assert_same(ours, other):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["xla", "splash"])
 @pytest.mark.parametrize("kv_heads", [2, 4])
 def test_attention_over_devices(kernel, kv_heads):
@@ -109,6 +111,7 @@ def test_attention_over_devices(kernel, kv_heads):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES[:2], ids=name)
 def test_logprobs_do_not_depend_on_the_mesh(mesh):
     arrays = BATCH.tokens, BATCH.prompt_mask, BATCH.response_mask
@@ -148,6 +151,7 @@ def test_rows_must_divide_over_context():
         layout.check_columns(13)
 
 
+@pytest.mark.slow
 def test_a_state_is_made_in_pieces():
     """Policy and Adam's moments are cut over fsdp and tensor; every mesh has the same numbers."""
     optimizer = make_optimizer(OptimizerConfig(), 10, 1, train_log_z=True)
@@ -169,6 +173,7 @@ def test_a_state_is_made_in_pieces():
     assert given.params["policy"]["layers"]["mlp"]["up"].sharding == kernel.sharding
 
 
+@pytest.mark.slow
 def test_an_optimizers_state_may_be_cut_over_data():
     """Each copy of the parameters holds half of the moments, and the step is the same."""
     results = []

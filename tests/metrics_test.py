@@ -201,6 +201,7 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch) -> None:
     assert array.reads == 0 and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_flushed_lines_survive_a_kill(tmp_path) -> None:
     program = f"""
 import os, signal

@@ -129,6 +129,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(write, tmp_path):
     assert names(tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
 def test_signal_leaves_nothing(number, writer, tmp_path):
     process = writer(tmp_path / "a")
@@ -138,6 +139,7 @@ def test_signal_leaves_nothing(number, writer, tmp_path):
     assert names(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_leftovers_of_killed_processes_are_removed_and_no_others(writer, tmp_path):
     killed = writer(tmp_path / "a")
     killed.kill()

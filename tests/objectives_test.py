@@ -374,6 +374,7 @@ def test_presets_are_what_their_sources_do():
     assert (grpo.aggregation, grpo.reward_norm) == ("sequence", "group")
 
 
+@pytest.mark.slow
 def test_every_preset_has_an_objective_and_runs():
     arrays = device(example())
     for config in PRESETS.values():

@@ -102,6 +102,7 @@ def test_the_space_is_complete():
     np.testing.assert_allclose(jnp.exp(total(logprobs_of(policy))).sum(), 1.0, rtol=EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("log_z", [0.0, 3.7, -11.0])
 def test_balance_gradient_is_the_gradient_of_the_kl(log_z):
     """Proposition 1: without length normalisation, on policy, for any log Z."""
@@ -229,6 +230,7 @@ def drawn(count=24, group_size=8, seed=3):
     return policy, behaviour, rows, arrays, group_size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["zero", "learned"])
 def test_flowrl_is_grpo_and_a_regulariser(kind):
     """2 beta [GRPO + mean (d/n + log Z)^2 / (2 beta)], sample by sample, at ratio 1."""
@@ -291,6 +293,7 @@ def test_group_log_z_is_leave_one_out_with_kl_in_the_reward():
     )
 
 
+@pytest.mark.slow
 def test_grpo_penalty_on_policy_is_the_forward_kl():
     """k3 as a loss has the gradient of KL(reference || policy), for responses of one token."""
     rng = np.random.default_rng(5)

@@ -54,6 +54,7 @@ def run(config, *, train_log_z=True, updates_per_rollout=1):
     return params["policy"]["w"], params["log_z"]["w"]
 
 
+@pytest.mark.slow
 def test_moments_in_bfloat16_follow_those_in_float32():
     """The second moment, too, which rounding to the nearest would leave where it is."""
     config = OptimizerConfig(learning_rate=1e-3, warmup_steps=0, moments="bfloat16")

@@ -217,6 +217,7 @@ def test_sizes_that_can_be_tried():
     assert config.mesh.fsdp == -1
 
 
+@pytest.mark.slow
 def test_gpus_are_estimated_and_say_so(tmp_path, capsys):
     file = tmp_path / "plan.json"
     arguments = [*TINY, "--topology=h100:8", "--search", f"--json={file}"]

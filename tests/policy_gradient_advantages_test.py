@@ -167,6 +167,7 @@ def test_leave_one_out_is_the_mean_baseline_enlarged():
         leave_one_out(reward, 3)
 
 
+@pytest.mark.slow
 def test_rloo_with_its_penalty_is_trajectory_balance():
     """On policy, with the mean of the group for log Z: sample by sample, up to 2 beta (G-1)/G."""
     beta, arrays = 4.0, rollout(padding=0.0)

@@ -319,6 +319,7 @@ def test_a_placed_file_counts_as_downloaded(shared_data, tmp_path):
     assert len(source(tmp_path, "test", test="aime24")) == 30
 
 
+@pytest.mark.slow
 def test_a_killed_preparation_leaves_nothing_half_written(web, tmp_path):
     def start(url):
         program = (

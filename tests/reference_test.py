@@ -76,6 +76,7 @@ def test_the_reason_is_said():
     assert Resets(ReferenceConfig(reset_every=7)).due(7) == "as at every 7 steps"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jointly, moments", [(True, "float32"), (False, "bfloat16")])
 def test_moments_are_new_and_the_schedule_goes_on(jointly, moments):
     """The step after a reset is the first one of Adam, at the rate of the fifth of the schedule."""

@@ -420,6 +420,7 @@ def test_folder_without_a_run_is_refused(workdir, tmp_path) -> None:
         report.load([workdir])
 
 
+@pytest.mark.slow
 def test_command_writes_report_and_picture(workdir, tmp_path) -> None:
     command = [sys.executable, "-m", "flowrl_jax.report", str(workdir)]
     done = subprocess.run(

@@ -37,6 +37,7 @@ def deterministic(workdir: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "preset, loss",
     [
@@ -66,6 +67,7 @@ def test_a_run_writes_its_metrics_and_compiles_nothing_late(data_dir, tmp_path, 
     assert lines[-1]["data/position"] == 4 * config.rollout.prompts_per_step
 
 
+@pytest.mark.slow
 def test_sampling_one_step_ahead(data_dir, tmp_path):
     """The second rollout is of the policy that the first one is; the weights know it."""
     runs = {}
@@ -96,6 +98,7 @@ def _rebuild(loss, values):
     return type(loss)(**values)
 
 
+@pytest.mark.slow
 def test_cutting_the_rollout_changes_nothing(data_dir, tmp_path):
     quiet = {"steps": 2, "checkpoint": {"every": 0}, "eval": {"every": 0}}
     whole = tiny(data_dir, **quiet)
@@ -109,6 +112,7 @@ def test_cutting_the_rollout_changes_nothing(data_dir, tmp_path):
         np.testing.assert_allclose([a[k] for k in a], [b[k] for k in a], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_samplers_logprobs_can_be_the_old_ones(data_dir, tmp_path):
     config = tiny(
         data_dir,
@@ -123,6 +127,7 @@ def test_the_samplers_logprobs_can_be_the_old_ones(data_dir, tmp_path):
         assert line["train/old_logprob_diff_max"] < 1e-4
 
 
+@pytest.mark.slow
 def test_warm_up_then_train_evaluate_and_sample(data_dir, tmp_path, monkeypatch, capsys):
     small = {"sft": {"steps": 3}, "steps": 2, "eval": {"every": 0}, "checkpoint": {"every": 0}}
     config = tiny(data_dir, **small)

@@ -75,6 +75,7 @@ def teacher_forced(rollout, temperature, config=CONFIG, params=None):
     return np.asarray(jax.nn.log_softmax(logits[:, width - 1 : -1] / temperature))
 
 
+@pytest.mark.slow
 def test_logprobs_are_the_teacher_forced_ones(rollout):
     wanted = np.take_along_axis(teacher_forced(rollout, 0.8), responses(rollout)[..., None], 2)[
         ..., 0
@@ -122,12 +123,14 @@ def test_order_of_prompts_does_not_matter(rollout):
     assert_same(rollout, sample(take(prompts(), rows)), rows)
 
 
+@pytest.mark.slow
 def test_batch_size_and_group_do_not_matter(rollout):
     """Five rows of several groups, every prompt read anew for its row."""
     rows = np.array([7, 0, 11, 4, 1])
     assert_same(rollout, sample(take(prompts(), rows), group_size=1), rows)
 
 
+@pytest.mark.slow
 def test_segments_and_padding_do_not_matter(rollout):
     """One segment instead of two, and three more columns of padding before every prompt."""
     batch = prompts()
@@ -161,6 +164,7 @@ def test_rows_without_ids_are_known_by_their_place():
     assert_same(sample(batch), sample(batch.replace(prompt_id=None, sample_id=None)))
 
 
+@pytest.mark.slow
 def test_other_ends_are_respected(rollout):
     """A peer keeps the ends of its first call in the compiled loop. Padding may be an end."""
     other = sample(eos_ids=(7,), pad_id=7)
@@ -176,6 +180,7 @@ def test_other_ends_are_respected(rollout):
     assert_same(rollout, sample())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 3.0])
 def test_ids_that_do_not_exist_are_never_drawn(temperature):
     """Rows that pad the vocabulary, and ids that the tokenizer does not know."""
@@ -201,6 +206,7 @@ def test_ids_that_do_not_exist_are_never_drawn(temperature):
         )
 
 
+@pytest.mark.slow
 def test_windows_and_two_kinds_of_layers_are_cached_right():
     """A window shorter than the text, in one layer of two, with positions of its own."""
     config = tiny_config(
@@ -218,6 +224,7 @@ def test_windows_and_two_kinds_of_layers_are_cached_right():
     assert np.abs(teacher_forced(rollout, 0.8, other, params) - wanted)[mask].max() > 0.01
 
 
+@pytest.mark.slow
 def test_greedy_is_the_chain_of_most_likely_tokens():
     rollout = sample(temperature=0.0)
     best = teacher_forced(rollout, 1.0).argmax(2)
@@ -226,6 +233,7 @@ def test_greedy_is_the_chain_of_most_likely_tokens():
     np.testing.assert_array_equal(rollout.sampler_logprobs, 0.0)
 
 
+@pytest.mark.slow
 def test_truncated_sampling_records_what_it_sampled_from():
     """A peer returns log-probabilities of the whole distribution."""
     rollout = sample(top_k=4, top_p=0.9)
@@ -277,6 +285,7 @@ def count_draws(monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_the_loop_ends_with_the_last_row(count_draws):
     rollout, draws = count_draws(
         eos_ids=tuple(range(2, 17)), max_response_length=512, first_columns=256
@@ -288,6 +297,7 @@ def test_the_loop_ends_with_the_last_row(count_draws):
 LIMITS = np.array([10, 3, 1, 7, 7, 10, 2, 5, 9, 10, 1, 4])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{"slots": 1, "first_columns": 3}, {"slots": 5}, {"slots": 4, "segment": 2}], ids=str
 )
@@ -307,6 +317,7 @@ def test_rows_that_take_the_slots_of_others_are_the_same(changes):
         assert response.truncated == rollout.truncated[row]
 
 
+@pytest.mark.slow
 def test_slots_do_the_work_of_rows_that_go_on(count_draws):
     """Twelve rows, four at a time, one of them long: no step draws for rows that have ended."""
     limits = np.where(np.arange(12) == 2, 150, 10)
@@ -318,6 +329,7 @@ def test_slots_do_the_work_of_rows_that_go_on(count_draws):
     assert_same(sample(**settings), rollout)
 
 
+@pytest.mark.slow
 def test_log_probabilities_of_the_policy_itself(rollout):
     cut = sample(top_k=4, temperature=0.5)
     for one in (rollout, cut):
@@ -329,6 +341,7 @@ def test_log_probabilities_of_the_policy_itself(rollout):
         assert np.abs(found - one.sampler_logprobs)[mask].max() > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel", "changes"),
     [
@@ -354,6 +367,7 @@ def test_a_kernel_draws_the_same(kernel, changes):
     assert_same(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cache", "within"), [("bfloat16", 0.03), ("int8", 0.03)])
 def test_small_caches_round_a_little(cache, within):
     """Keys and values lose all but 8 bits: log-probabilities move in the second digit."""
@@ -364,6 +378,7 @@ def test_small_caches_round_a_little(cache, within):
     assert 1e-5 < difference.max() < within
 
 
+@pytest.mark.slow
 def test_stop_strings_end_a_response():
     """Letters for tokens: a row ends where its text has said one of the strings."""
 
@@ -390,6 +405,7 @@ def test_stop_strings_end_a_response():
     np.testing.assert_array_equal(responses(stopped)[mask], responses(free)[mask])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 6])
 def test_lengths_around_a_segment(length, rollout):
     """The first tokens are those of a longer response; one token needs no cache at all."""
@@ -408,6 +424,7 @@ MESHES = [  # fsdp, tensor, and tensor while sampling
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", MESHES, ids=lambda s: "x".join(map(str, s)))
 def test_mesh_does_not_matter(shape):
     """Rows over 8 devices, 2 x 4, heads and vocabulary over 8: the same responses."""
@@ -455,6 +472,7 @@ def test_limits_must_fit(limits):
         sample(max_lengths=limits)
 
 
+@pytest.mark.slow
 def test_rows_must_fill_their_groups():
     batch = take(prompts(), np.arange(10))
     with pytest.raises(ValueError, match="group"):

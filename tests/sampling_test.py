@@ -43,6 +43,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("temperature", "top_k", "top_p", "min_p"), SETTINGS)
 @pytest.mark.parametrize("vocab", [7, 300])
 def test_frequencies_and_logprobs(vocab, temperature, top_k, top_p, min_p):
@@ -170,6 +171,7 @@ def test_temperature_zero_is_greedy(settings):
         np.testing.assert_allclose(logprobs, 0.0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocab", [5, 128, 300])
 def test_extreme_uniforms_never_pick_a_token_without_weight(vocab):
     """Zeros at both ends of the row and of every block of it."""
@@ -233,6 +235,7 @@ def tied_rows(rng, rows, vocab):
     return logits.astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocab", [2, 127, 129, 1001, 4096])
 def test_kept_sets_by_a_loop_over_the_tokens(vocab):
     """A set, from the likeliest token down, ends where the count or the share is reached."""
@@ -258,6 +261,7 @@ def test_kept_sets_by_a_loop_over_the_tokens(vocab):
             assert (reached[0] <= found).all() and (found <= reached[1]).all()
 
 
+@pytest.mark.slow
 def test_ids_that_do_not_exist_are_never_drawn():
     """A row with -inf everywhere else is a certainty, whatever the settings."""
     logits = np.full((4, 300), -np.inf, np.float32)

@@ -115,6 +115,7 @@ def test_output_is_judged_as_of_a_command(sandbox, number):
     assert run(sandbox, program, expected).outcome == outcome
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "program",
     [
@@ -188,6 +189,7 @@ def test_no_message_is_taken_for_a_result(sandbox, number):
     assert "correct" not in both(sandbox, FORGERIES[number])
 
 
+@pytest.mark.slow
 def test_a_judge_that_is_killed_or_stopped_accepts_nothing():
     if runner._refusal():
         pytest.skip("without namespaces a program reaches whatever its user may reach")

@@ -141,6 +141,7 @@ GREEDY = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(GREEDY)))
 def test_what_takes_too_much_is_ended_and_counted(sandbox, number):
     program, outcomes = GREEDY[number]

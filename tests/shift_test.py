@@ -43,6 +43,7 @@ def draw_slots(programs: Programs, columns: int) -> Slots:
     return Slots(row, tuple(layers), jax.numpy.int32(columns))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["float32", "int8"])
 @pytest.mark.parametrize("columns", [5, 128, 301])
 def test_what_is_left_is_what_was_there(cache, columns):

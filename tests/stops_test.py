@@ -83,6 +83,7 @@ def first_hit(tokenizer, anchor, ids, stops):
     return len(ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_agrees_with_a_search_of_the_decoded_text(kind, tokenizers, request):
     tokenizer = tokenizers(kind, request)

@@ -61,6 +61,7 @@ def story(folder: Path) -> np.ndarray:
     return greedy_story(folder, 200)
 
 
+@pytest.mark.slow
 def test_story_is_the_known_one(folder, story):
     tokenizer = load_tokenizer(folder)
     config, _ = load_policy(folder)
@@ -107,6 +108,7 @@ def test_exported_weights_tell_the_same_story(folder, tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_story_on_a_mesh(folder):
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2), jax.devices()[:8])
     text = load_tokenizer(folder).decode(greedy_story(folder, 60, mesh).tolist())

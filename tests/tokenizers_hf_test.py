@@ -63,6 +63,7 @@ def texts():
     return [*NASTY, *mixtures(200, SPECIAL)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_agrees_with_transformers(family, folders, texts, request, parity_packages):
     from transformers import AutoTokenizer

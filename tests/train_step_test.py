@@ -92,6 +92,7 @@ def assert_same(ours, other):
         np.testing.assert_allclose(ours[1][name], value, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in OBJECTIVES]
 )
@@ -102,6 +103,7 @@ def test_micro_batches_do_not_matter(name):
     assert_same(cut, whole_step(name))
 
 
+@pytest.mark.slow
 def test_micro_batches_do_not_matter_where_layers_add_in_place():
     config = dataclasses.replace(CONFIG, remat="full")
     learner = make_learner(config, OBJECTIVES["two_sided head"], micro_batch_size=2)
@@ -139,6 +141,7 @@ def head_step():
     return lambda batch: program(make_state(learner), batch, KEY)
 
 
+@pytest.mark.slow
 def test_against_the_textbook(head_step):
     objective = FlowRLConfig(beta=2.0, log_z=NO_DROPOUT)
     params = make_state(make_learner(CONFIG, objective)).params
@@ -170,6 +173,7 @@ def test_order_of_rows_does_not_matter(head_step):
     assert_same(head_step(jax.tree.map(lambda x: x[rows], BATCH)), head_step(BATCH))
 
 
+@pytest.mark.slow
 def test_padding_does_not_matter(head_step):
     """Two more columns before the prompts and three after the responses."""
     width = BATCH.prompt_mask.shape[1]
@@ -206,6 +210,7 @@ def dropout_step():
     return run
 
 
+@pytest.mark.slow
 def test_dropout_noise_changes_with_the_step_and_the_row(dropout_step):
     assert dropout_step(0) == dropout_step(0)
     others = [
@@ -260,6 +265,7 @@ def adam():
     return learner, make_train_step(learner, 8)
 
 
+@pytest.mark.slow
 def test_golden_step(adam):
     """One step of a tiny model, to the last digits that another machine would give.
 
@@ -297,6 +303,7 @@ def test_state_is_donated(adam):
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new_state))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("field", "value"), [("reward", np.nan), ("reward", np.inf), ("old_logprobs", np.nan),
                          ("ref_logprobs", -np.inf)],
@@ -337,6 +344,7 @@ def test_steps_descend(adam):
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.slow
 def test_bfloat16_compute_keeps_float32_masters():
     """An update of 1e-6 of a weight of 0.3 would vanish in bfloat16, whose steps are 1e-3."""
     config = tiny_config(dtype=jnp.bfloat16)
@@ -358,6 +366,7 @@ def test_bfloat16_compute_keeps_float32_masters():
     assert state.skipped == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch_size, rows_per_update", [(0, 0), (2, 0), (0, 4)])
 def test_score_is_the_teacher_forced_logprobs(micro_batch_size, rows_per_update):
     learner = make_learner(CONFIG, GRPOConfig(), micro_batch_size=micro_batch_size)

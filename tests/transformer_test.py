@@ -81,6 +81,7 @@ def decoder_reference(config, params, tokens):
     return x @ (embedding["tokens"].T if config.tie_embeddings else embedding["output"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -102,6 +103,7 @@ def test_parameters_are_counted():
         assert count == config.num_parameters
 
 
+@pytest.mark.slow
 def test_initialisation():
     """Kernels and embeddings normal, every layer its own; norms 1 and biases 0."""
     config = tiny_config(qkv_bias=True, init_std=0.02, num_layers=3)
@@ -117,6 +119,7 @@ def test_initialisation():
         assert name == "tokens" or not (leaf[0] == leaf[1]).any()
 
 
+@pytest.mark.slow
 def test_causality_by_gradient_support():
     """The output at t depends on the tokens up to t, all of them, and on none after."""
     params = tiny_params(CONFIG)
@@ -141,6 +144,7 @@ def test_causality_by_gradient_support():
     np.testing.assert_array_equal(reaches, np.tril(np.ones((length, length), bool)))
 
 
+@pytest.mark.slow
 def test_left_padding_changes_nothing():
     """Not the outputs, whatever the padding holds, and not by how much there is."""
     params = tiny_params(CONFIG)
@@ -195,6 +199,7 @@ def test_rotary_depends_on_the_distance():
     np.testing.assert_allclose(wide.astype(jnp.float32), turn(query, 257), atol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefill", [1, 4])
 def test_cached_decoding_is_the_full_forward(prefill):
     """Rows of different padding, a prefill, then tokens one by one where another row was."""
@@ -248,6 +253,7 @@ def test_eight_bits_round_a_little(window):
 TWO_KINDS = {"window": 2, "windowed_layers": (True, False), "local_rope_theta": 30.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, TWO_KINDS], ids=["one-kind", "two-kinds"])
 def test_remat_changes_nothing_but_memory(changes):
     """Where layers with and without a window share the scan, too."""
@@ -270,6 +276,7 @@ def test_remat_changes_nothing_but_memory(changes):
     assert products["none"] < products["dots"] < products["full"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, TWO_KINDS], ids=["one-kind", "two-kinds"])
 def test_gradients_may_be_added_to_a_sum(changes):
     """The layers' gradient comes out added to what was there; the others' is their own."""
@@ -314,6 +321,7 @@ def test_program_does_not_grow_with_depth():
     assert size(2) == size(7)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_from_float32_masters():
     """Activations and gradients' arithmetic in bfloat16; parameters and their gradients float32."""
     params = tiny_params(CONFIG)
@@ -353,6 +361,7 @@ KERNELS = [("xla", 0, 0.0), ("xla", 5, 0.0), ("xla", 0, 1.5), ("flash", 0, 0.0),
            ("splash", 0, 0.0), ("splash", 5, 0.0), ("splash", 7, 1.5)]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kernel", "window", "softcap"), KERNELS)
 def test_attention_kernels(kernel, window, softcap, monkeypatch):
     """Odd sizes, grouped heads, padding on both sides; chunks that do not divide the row."""

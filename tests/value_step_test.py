@@ -87,6 +87,7 @@ CUTS = {
 SLOW = CUTS.keys() - {"ppo over fsdp and tensor, added in place"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CUTS]
 )
@@ -117,6 +118,7 @@ def textbook(params, batch, objective) -> Any:
     return jnp.where(mask, loss, 0.0).sum() / mask.sum()
 
 
+@pytest.mark.slow
 def test_against_the_textbook():
     state, batch = make_state(learner_of(PPO)), batch_for(PPO)
     run = jax.jit(jax.value_and_grad(lambda params: textbook(params, batch, PPO)))
@@ -130,6 +132,7 @@ def test_against_the_textbook():
         np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max() + 1e-8)
 
 
+@pytest.mark.slow
 def test_a_detached_head_leaves_the_policy_alone():
     """Other returns move the head and not the policy; what lies in the padding moves neither."""
     detached = dataclasses.replace(PPO, value=ValueConfig())
@@ -149,6 +152,7 @@ def test_a_detached_head_leaves_the_policy_alone():
     assert np.abs(theirs - found["policy"]["final_norm"]["scale"]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_scores_give_both_in_order():
     """Whole, in micro-batches over a mesh, and in buckets."""
     learner = learner_of(PPO, (1, 2, 1), micro_batch_size=4)
@@ -172,6 +176,7 @@ def test_scores_give_both_in_order():
     np.testing.assert_allclose(short[1], values, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppo", "subtb"])
 def test_the_learning_batch(name):
     config = dataclasses.replace(PRESETS["ppo_trl"]) if name == "ppo" else PRESETS[name]

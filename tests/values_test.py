@@ -262,6 +262,7 @@ def expectation(log_policy: np.ndarray, f: np.ndarray) -> np.ndarray:
 REWARD = np.random.default_rng(8).normal(0, 1, len(RESPONSES))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lam", [0.0, 0.6, 1.0])
 def test_perfect_values_leave_the_policy_gradient_as_it_is(lam):
     """Advantages from exact values have mean 0 in each state, and any `lam` the same gradient."""
@@ -381,6 +382,7 @@ def test_a_correction_weighs_whole_responses():
     np.testing.assert_allclose(ours, weights * plain, atol=CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lam", [1e-30, 0.3, 1.0, 50.0, 1e30])
 def test_any_lam_is_stable(lam):
     """From single tokens to whole responses, where `lam^n` is far from any float32."""
@@ -409,6 +411,7 @@ def soft_values(reference: np.ndarray, beta: float) -> np.ndarray:
     return np.log(expectation(reference, np.exp(beta * REWARD)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BALANCES)
 def test_zero_at_the_target_and_its_soft_values(name):
     config = BALANCES[name]

@@ -327,6 +327,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_answer_costs_no_more_than_the_limit(name, hasty):
     hasty.judge("\\boxed{x+1}", "1+x")  # the workers run

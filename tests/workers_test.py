@@ -147,6 +147,7 @@ def test_many_threads():
             assert outcome == (("ok", n * 3) if n % 100 else ("crash", "exit code 1"))
 
 
+@pytest.mark.slow
 def test_calls_wait_to_be_let_in():
     with pool(waiting=1) as workers:
         workers.call("0")
@@ -213,6 +214,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("item", [STUCK, "__import__('time').sleep(600)"])
 @pytest.mark.parametrize("killed", [True, False])
 def test_nothing_outlives_the_parent(item, killed, tmp_path):

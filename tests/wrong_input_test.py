@@ -84,6 +84,7 @@ def test_missing_config_and_workdir(arguments, capsys):
     assert "nowhere" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_used_folder_is_left_alone(data_dir, tmp_path):
     config = test_tiny.get_config()
     config.data.data_dir = data_dir
