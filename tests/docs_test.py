@@ -167,7 +167,6 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "snippet",
     [
