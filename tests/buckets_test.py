@@ -98,7 +98,6 @@ OBJECTIVES = {
     "grpo token": GRPOConfig(kl_coef=0.1, aggregation="token"),
     "grpo sequence": GRPOConfig(kl_coef=0.1),
 }
-SLOW = {"zero", "grpo token", "grpo sequence"}
 
 
 @cache
@@ -107,9 +106,7 @@ def fused(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in OBJECTIVES]
-)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_step_is_the_fused_one(name):
     assert_same(by_buckets(learner_of(OBJECTIVES[name])), fused(name))
 

@@ -46,8 +46,8 @@ def deterministic(workdir: Path) -> list[dict]:
         ("flowrl_per_token", {"log_z": {"kind": "table"}}),
         ("flowrl_per_token", {"log_z": {"kind": "group"}}),
         ("grpo", {"kl_coef": 0.0}),
-        pytest.param("gvpo", {}, marks=pytest.mark.slow),
-        pytest.param("gflowrl", {}, marks=pytest.mark.slow),
+        ("gvpo", {}),
+        ("gflowrl", {}),
     ],
 )
 def test_a_run_writes_its_metrics_and_compiles_nothing_late(data_dir, tmp_path, preset, loss):

@@ -55,7 +55,6 @@ OBJECTIVES = {
         log_z=LogZConfig(kind="group_old"),
     ),
 }
-SLOW = {"grpo sequence", "unit zero", "gap group_old"}  # their parts are in the others, too
 
 
 @cache
@@ -93,9 +92,7 @@ def assert_same(ours, other):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in OBJECTIVES]
-)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_micro_batches_do_not_matter(name):
     """A peer weighs every micro-batch by a wrong constant."""
     learner = make_learner(CONFIG, OBJECTIVES[name], micro_batch_size=2)

@@ -84,13 +84,10 @@ CUTS = {
     "subtb in buckets over a mesh": (SUBTB, (1, 2, 1), {"buckets": (3, 5)}),
     "ppo over context": (PPO, (1, 2, 1, 2), {}),
 }
-SLOW = CUTS.keys() - {"ppo over fsdp and tensor, added in place"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CUTS]
-)
+@pytest.mark.parametrize("name", CUTS)
 def test_the_step_does_not_depend_on_how_it_is_cut(name):
     objective, mesh, changes = CUTS[name]
     learner = learner_of(objective, mesh, micro_batch_size=8, **changes)
