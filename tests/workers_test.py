@@ -206,8 +206,9 @@ import sys, threading, time
 from flowrl_jax.rewards.workers import WorkerPool
 if __name__ == "__main__":
     workers = WorkerPool("builtins:eval", workers=2, limit=600.0)
-    workers.call("0")
     threading.Thread(target=workers.call, args=(sys.argv[1],), daemon=True).start()
+    while len(workers.pids()) < 2:  # one may do both while the other has yet to look
+        workers.call("0")
     time.sleep(0.5)
     print(*workers.pids(), flush=True)
     time.sleep(float(sys.argv[2]))
