@@ -39,7 +39,14 @@ def prompts():
 
 
 def sample(
-    batch=None, key=KEY, params=None, max_lengths=None, finished=None, stops=None, **changes
+    batch=None,
+    key=KEY,
+    params=None,
+    max_lengths=None,
+    finished=None,
+    stops=None,
+    layout=None,
+    **changes,
 ):
     return generate(
         tiny_params(CONFIG) if params is None else params,
@@ -50,6 +57,7 @@ def sample(
         max_lengths=max_lengths,
         finished=finished,
         stops=stops,
+        layout=layout,
     )
 
 
@@ -315,6 +323,22 @@ def test_rows_that_take_the_slots_of_others_are_the_same(changes):
         np.testing.assert_array_equal(response.logprobs, rollout.sampler_logprobs[row, :n])
         np.testing.assert_array_equal(response.policy_logprobs, rollout.policy_logprobs[row, :n])
         assert response.truncated == rollout.truncated[row]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first_columns", [4, 64])
+def test_shards_that_drift_apart_are_the_same(first_columns):
+    """Three slots of two devices, whose rows are short here and long there, in one stage or more:
+    chunks of prompts and shelves are full on one and not on the other."""
+    batch = prompt_batch([3, 6, 1, 5, 2, 4, 6, 1], GROUP, PROMPT, CONFIG.vocab_size)
+    limits = np.random.default_rng(0).integers(1, 30, 24)
+    limits[:12] = np.minimum(limits[:12], 5)
+    settings = {"eos_ids": (5,), "max_response_length": 30, "max_lengths": limits}
+    together = sample(batch, **settings)
+    assert len(set(np.asarray(together.response_mask).sum(1))) > 8
+    layout = Layout(make_mesh(MeshConfig(data=2, fsdp=1), jax.devices()[:2]))
+    changes = {"slots": 6, "first_columns": first_columns, "layout": layout}
+    assert_same(together, sample(layout.put_batch(batch), **settings, **changes))
 
 
 @pytest.mark.slow

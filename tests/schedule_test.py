@@ -13,6 +13,7 @@ from flowrl_jax.sampler.schedule import (
     short_before_long,
     slot_sizes,
 )
+from flowrl_jax.sampler.slots import Seen
 
 
 def schedule_of(rows, group, shards, slots, limit):
@@ -22,27 +23,53 @@ def schedule_of(rows, group, shards, slots, limit):
     return Schedule(groups.waiting(), size, np.full(rows, limit), shrink=True), groups
 
 
-def play(schedule, lengths, width=4):
-    """Decodes rows of given lengths; returns the order in which they ended and all steps' slots."""
-    ended, steps, column, entered = [], [], width, []
+def play(schedule, lengths, *, queues):
+    """Decodes rows of given lengths as the device does; returns the rows in the order in which they
+    ended, the slots at every step, and who came in: chunk, shard, place and row."""
+    ended, steps, entered, column = [], [], [], 4
+    lengths = lengths.reshape(schedule.shards, -1)
+    each = lengths.shape[1]
+
+    def note(chunk, queue, first, count):
+        for shard in range(schedule.shards):
+            for i in range(first[shard], count[shard]):
+                entered.append((chunk, shard, queue.place[shard, i], queue.row[shard, i]))
+
     while schedule.busy:
         taken = schedule.shrink()
         assert taken is None or taken.shape == schedule.row.shape
-        for refill in schedule.refill(column):
-            entered.append(refill)
-        floors, shrink = schedule.floors()
-        row, drawn = schedule.row.ravel().copy(), schedule.drawn.ravel().copy()
-        active = row >= 0
-        while True:  # as the device does
-            drawn += active
-            steps.append(active.size)
-            column += 1
-            active = active & (drawn < lengths[row])
-            each = active.reshape(schedule.shards, -1).sum(1)
-            if not ((each > floors).all() and each.max() > shrink):
+        none = np.zeros(schedule.shards, int)
+        while (chunk := schedule.urgent_chunk(queues=queues)) is not None:
+            queue = schedule.queue(chunk, now=True)
+            note(chunk, queue, none, queue.count)
+            assert queue.count.any()
+            schedule.enter(queue.count, column)
+        main = schedule.main_chunk()
+        queue = schedule.queue(main)
+        if not queues:
+            assert not queue.count.any()
+        floors, shrink = schedule.floors(queue if queues else None)
+        row, first, drawn = schedule.row.copy(), schedule.first.copy(), schedule.drawn.copy()
+        taken, step = none.copy(), 0
+        while True:
+            free = (row < 0).sum(1)
+            rows = (row >= 0).sum(1) + np.minimum(free, queue.count - taken)
+            if step and ((rows <= floors).any() or rows.max() <= shrink):
                 break
-        ended += row[(row >= 0) & ~active].tolist()
-        schedule.ended(active, drawn)
+            for shard in range(schedule.shards):
+                for slot in np.flatnonzero(row[shard] < 0)[: queue.count[shard] - taken[shard]]:
+                    row[shard, slot] = queue.row[shard, taken[shard]]
+                    first[shard, slot], drawn[shard, slot] = column, 0
+                    taken[shard] += 1
+            drawn += row >= 0
+            steps.append(row.size)
+            column, step = column + 1, step + 1
+            ends = (row >= 0) & (drawn >= np.take_along_axis(lengths, row, axis=1))
+            ended += (row + np.arange(schedule.shards)[:, None] * each)[ends].tolist()
+            row[ends] = -1
+        note(main, queue, none, taken)
+        at = np.array(column)
+        schedule.follow(Seen(row.ravel(), first.ravel(), drawn.ravel(), at, taken, None))  # pyright: ignore[reportArgumentType]
     return ended, steps, entered
 
 
@@ -54,24 +81,40 @@ def test_every_row_decodes_once_in_its_shard(shards, group, slots):
     schedule, groups = schedule_of(rows, group, shards, slots, 40)
     size = schedule.slots
     assert size * shards >= min(slots or rows, rows)
-    ended, steps, entered = play(schedule, lengths)
+    ended, steps, entered = play(schedule, lengths, queues=size * shards < rows)
     assert sorted(ended) == list(range(rows))
     each = rows // shards
     seen = set()
-    for refill in entered:
-        rows_of_chunk = groups.rows(refill.chunk)
-        for shard in range(shards):
-            for i in range(refill.count[shard]):
-                row = shard * each + refill.row[shard, i]
-                assert refill.row[shard, i] < each and row not in seen
-                seen.add(row)
-                # The prompt that it gets is its own.
-                read = shard * each + rows_of_chunk[shard, refill.place[shard, i]]
-                assert read // group == row // group
+    for chunk, shard, place, of in entered:
+        row = shard * each + of
+        assert of < each and row not in seen
+        seen.add(row)
+        # The prompt that it gets is its own.
+        assert (shard * each + groups.rows(chunk)[shard, place]) // group == row // group
     assert seen == set(range(rows))
     # Not more work than a batch that waits for its longest row, again and again.
     waves = -(-rows // (size * shards))
     assert len(steps) <= waves * lengths.max()
+
+
+def test_slots_are_never_empty_while_rows_of_the_chunk_wait():
+    """One shard whose groups fill the slots: as many steps as rows that come in at once leave."""
+    lengths = np.random.default_rng(0).integers(1, 60, 256)
+    schedule, _ = schedule_of(256, 8, 1, 32, 60)
+    _, steps, _ = play(schedule, lengths, queues=True)
+    # A chunk's end waits for two free slots of 32; and the last rows end one by one.
+    assert sum(steps) < 1.02 * lengths.sum() + 32 * 60
+
+
+def test_a_shard_that_is_ahead_goes_on():
+    """Its rows are much shorter, and of later chunks than the others': it ends first."""
+    lengths = np.repeat([2, 40], 32)
+    schedule, _ = schedule_of(64, 4, 2, 8, 40)
+    ended, steps, _ = play(schedule, lengths, queues=True)
+    assert max(ended.index(row) for row in range(32)) < min(
+        ended.index(row) for row in range(32, 64)
+    )
+    assert len(steps) == 40 * 8
 
 
 def test_one_long_row_does_not_keep_the_others_waiting():
@@ -79,7 +122,7 @@ def test_one_long_row_does_not_keep_the_others_waiting():
     lengths = np.full(256, 8)
     lengths[3] = 512
     schedule, _ = schedule_of(256, 8, 1, 32, 512)
-    _, steps, _ = play(schedule, lengths)
+    _, steps, _ = play(schedule, lengths, queues=True)
     assert len(steps) == 512
     assert sum(steps) < 32 * 8 * 12 + 512 * 4 + 32 * 10
     assert steps[-1] == 4 == schedule.slots
@@ -88,7 +131,7 @@ def test_one_long_row_does_not_keep_the_others_waiting():
 def test_slots_stay_where_little_may_follow():
     lengths = np.array([1] * 15 + [WORTH_SHRINKING - 1])
     schedule, _ = schedule_of(16, 1, 1, 0, WORTH_SHRINKING)
-    _, steps, _ = play(schedule, lengths)
+    _, steps, _ = play(schedule, lengths, queues=False)
     assert set(steps) == {16}
 
 
@@ -112,13 +155,13 @@ def test_sizes_are_known_in_advance():
 
 def test_few_rows_leave_once_none_waits():
     schedule, _ = schedule_of(8, 1, 2, 4, 8)
-    schedule.refill(4)
-    assert schedule.floors(leave=1)[1] == 0  # others wait
-    for _ in range(2):
-        schedule.ended(np.zeros(4, bool), np.ones(4))
-        schedule.refill(6)
-    assert schedule.floors(leave=1)[1] == 1
-    assert schedule.floors()[1] == 0
+    schedule.enter(schedule.queue(0, now=True).count, 4)
+    assert schedule.floors(None, leave=1)[1] == 0  # others wait
+    queue = schedule.queue(1)
+    assert queue.count.tolist() == [2, 2]
+    floors, leave = schedule.floors(queue, leave=1)
+    assert leave == 1 and floors.tolist() == [-1, -1]  # they come in by themselves
+    assert schedule.floors(queue)[1] == 0
 
 
 def test_rows_come_back_with_the_tokens_they_have():
@@ -126,7 +169,9 @@ def test_rows_come_back_with_the_tokens_they_have():
     schedule = Schedule(waiting, 4, np.full(5, 128), shrink=True)
     assert schedule.slots == 2  # the smallest that holds them
     assert schedule.remaining() == 128 - 10
-    (refill,) = schedule.refill(74)
-    assert refill.row.tolist() == [[3, 1]] and refill.place.tolist() == [[0, 1]]
+    queue = schedule.queue(0)  # as long as ever, for the programs to be the same
+    assert queue.row.tolist() == [[3, 1, 0, 0]] and queue.place.tolist() == [[0, 1, 0, 0]]
+    schedule.enter(queue.count, 74)
     assert schedule.drawn.tolist() == [[64, 10]]
+    assert schedule.first.tolist() == [[10, 64]]
     assert schedule.oldest(80) == 74 - 64

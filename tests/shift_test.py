@@ -12,7 +12,7 @@ from jax.experimental import topologies
 from flowrl_jax.models.cache import KVCache
 from flowrl_jax.sampler import SamplerConfig
 from flowrl_jax.sampler.programs import Programs
-from flowrl_jax.sampler.slots import Slots
+from flowrl_jax.sampler.slots import Row, Slots
 from flowrl_jax.sharding import MeshConfig, make_layout, make_mesh
 from tests.tiny import tiny_config
 
@@ -23,6 +23,15 @@ def make_programs(cache: str) -> Programs:
     """Those of a decoder of two layers."""
     config = SamplerConfig(max_response_length=500, eos_ids=(3,), group_size=1, cache=cache)
     return Programs(tiny_config(num_layers=2), config, None, None)
+
+
+def row(first: Any) -> Row:
+    """What is known of rows, as far as it matters here."""
+    rest: Any = dict.fromkeys(("index", "token", "length", "drawn", "search", "fixed"))
+    return Row(first=first, **rest)
+
+
+until: Any = None
 
 
 def draw_slots(programs: Programs, columns: int) -> Slots:
@@ -39,8 +48,7 @@ def draw_slots(programs: Programs, columns: int) -> Slots:
     dtypes = (programs.cache_dtype,) * 2 + (np.float32,) * 2
     axes = programs.column_axes
     layers = [KVCache(*map(array, axes, dtypes, (4, 4, 3, 3))) for _ in range(2)]
-    row: Any = None
-    return Slots(row, tuple(layers), jax.numpy.int32(columns))
+    return Slots(row(jax.numpy.arange(SLOTS)), tuple(layers), jax.numpy.int32(columns), until)
 
 
 @pytest.mark.slow
@@ -54,6 +62,7 @@ def test_what_is_left_is_what_was_there(cache, columns):
         wanted = jax.tree.map(np.array, before.caches)
         after = programs.shift(before, np.int32(shift))
         assert after.column == columns - shift
+        np.testing.assert_array_equal(after.row.first, np.arange(SLOTS) - shift)
         for old, new in zip(wanted, after.caches, strict=True):
             for axis, x, y in zip(programs.column_axes, old, new, strict=True):
                 if axis is not None:
@@ -93,11 +102,10 @@ def test_a_tpu_needs_no_second_cache(cache):
     assert programs.column_axes.key == 2  # as the TPU's kernel wants it
     layer = KVCache(*map(abstract, where.caches[0], (4, 4, 3, 3)[: 2 + 2 * (cache == "int8")]))
     number: Any = jax.ShapeDtypeStruct((), np.int32, sharding=where.column)
-    row: Any = None
-    slots = Slots(row, (layer,) * 28, number)
-    shift = layout.jit(
-        programs._shift, donate_argnums=0, out_shardings=Slots(row, where.caches, where.column)
-    )
+    first = jax.ShapeDtypeStruct((128,), np.int32, sharding=where.row.first)
+    slots = Slots(row(first), (layer,) * 28, number, until)
+    out = Slots(row(where.row.first), where.caches, where.column, until)
+    shift = layout.jit(programs._shift, donate_argnums=0, out_shardings=out)
     sizes = shift.lower(slots, number).compile().memory_analysis()
     assert sizes.alias_size_in_bytes > 0.999 * sizes.argument_size_in_bytes > 4e9
     assert sizes.temp_size_in_bytes < 1e6

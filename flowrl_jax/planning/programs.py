@@ -347,7 +347,7 @@ class _Sampler:
         key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
         rows = Rows(self._array(self._rows, *key.shape, dtype=key.dtype), self._array(self._rows))
         slots = jax.eval_shape(
-            lambda read, rows: programs.without_rows(read, rows, self.slots, self._columns),
+            lambda read, rows: programs.without_rows(read, rows, 0, self.slots, self._columns),
             read,
             rows,
         )

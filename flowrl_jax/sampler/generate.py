@@ -10,7 +10,7 @@ them: rows that outgrow a stage are put aside, and decoded together in the next 
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,8 +21,8 @@ from flowrl_jax.models.transformer import Transformer
 from flowrl_jax.sampler.programs import Programs, programs_of
 from flowrl_jax.sampler.schedule import Groups, Schedule, Stage
 from flowrl_jax.sampler.settings import SamplerConfig
-from flowrl_jax.sampler.slots import Slots
-from flowrl_jax.sampler.sources import Aside, Leaving, ReadPrompts, Source
+from flowrl_jax.sampler.slots import Log, Queue, Rows, Slots, Starts
+from flowrl_jax.sampler.sources import Aside, ReadPrompts, Source
 from flowrl_jax.sampler.stops import StopTable
 from flowrl_jax.sharding import Layout
 from flowrl_jax.types import PromptBatch, Rollout
@@ -98,7 +98,7 @@ def generate(
     """
     programs = programs_of(model.config, config, layout, sampling_layout or layout)
     limits = _limits(prompts, config, programs.shards, max_lengths)
-    responses = _Responses(limits, config, finished)
+    responses = _Responses(limits, config, programs.shards, finished)
     _Engine(programs, params, prompts, key, limits, stops).run(responses)
     arrays = (responses.tokens, responses.logprobs, responses.policy_logprobs)
     arrays = (*arrays, responses.length, responses.truncated)
@@ -142,29 +142,42 @@ def _put(x: np.ndarray, layout: Layout | None) -> jax.Array:
 class _Responses:
     """What has been drawn, on the host."""
 
-    def __init__(self, limits: np.ndarray, config: SamplerConfig, finished: Finished | None):
+    def __init__(
+        self, limits: np.ndarray, config: SamplerConfig, shards: int, finished: Finished | None
+    ):
         shape = (len(limits), config.max_response_length)
         self.tokens = np.full(shape, config.pad_id, np.int32)
         self.logprobs = np.zeros(shape, np.float32)
         self.policy_logprobs = np.zeros(shape, np.float32)
         self.length = np.zeros(shape[0], np.int32)
         self.truncated = np.zeros(shape[0], bool)
-        self._finished = finished
+        self._limits, self._shards, self._finished = limits, shards, finished
 
-    def record(self, segment: "_Segment") -> None:
+    def record(self, log: Log) -> None:
         """Writes down what a segment drew."""
-        log = jax.device_get(segment.log)
-        drawn = [x.T for x in (log.token, log.logprob, log.policy_logprob)]
-        kept = (self.tokens, self.logprobs, self.policy_logprobs)
-        for slot in np.nonzero(segment.row >= 0)[0]:
-            row, start, end = segment.row[slot], segment.before[slot], segment.after[slot]
-            for whole, new in zip(kept, drawn, strict=True):
-                whole[row, start:end] = new[slot, : end - start]
-            self.length[row] = end
-            if segment.ended[slot]:
-                self.truncated[row] = not segment.stopped[slot]
-                if self._finished:
-                    self._finished(int(row), self._response(row))
+        log = jax.device_get(log)
+        slots = log.index.shape[1]
+        first_row = np.arange(slots) // (slots // self._shards) * (len(self.length) // self._shards)
+        # Slot after slot; in one, the rows that it had one after the other.
+        drew = (log.index >= 0).T
+        row = (log.index + first_row).T[drew]
+        if not row.size:
+            return
+        begins = np.flatnonzero(np.diff(row, prepend=-1))
+        counts = np.diff(begins, append=row.size)
+        rows, lasts = row[begins], begins + counts - 1
+        place = np.arange(row.size) - np.repeat(begins - self.length[rows], counts)
+        self.tokens[row, place] = log.token.T[drew]
+        self.logprobs[row, place] = log.logprob.T[drew]
+        self.policy_logprobs[row, place] = log.policy_logprob.T[drew]
+        self.length[rows] += counts
+        stopped = log.stopped.T[drew][lasts]
+        self.truncated[rows] = ~stopped & (self.length[rows] == self._limits[rows])
+        ended = np.flatnonzero(stopped | self.truncated[rows])
+        step = np.nonzero(drew)[1][lasts]
+        for i in ended[np.argsort(step[ended], kind="stable")]:
+            if self._finished:
+                self._finished(int(rows[i]), self._response(int(rows[i])))
 
     def _response(self, row: int) -> Response:
         end = self.length[row]
@@ -174,18 +187,6 @@ class _Responses:
             policy_logprobs=self.policy_logprobs[row, :end],
             truncated=bool(self.truncated[row]),
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Segment:
-    """What a segment did: slot by slot its row, or -1, and the row's tokens before and after."""
-
-    row: np.ndarray
-    before: np.ndarray
-    after: np.ndarray
-    ended: np.ndarray
-    stopped: np.ndarray
-    log: Any
 
 
 class _Engine:
@@ -208,21 +209,27 @@ class _Engine:
         self.shrink = platform == "cpu"
         count, shards = len(limits), programs.shards
         self.slots = -(-min(config.slots or count, count) // shards)
+        self.queues = self.slots * shards < count  # whether rows wait for slots
+        self.rows = programs.rows(key, prompts, self.put(limits))
         groups = Groups(count, config.group_size, shards, self.slots)
         self.source = ReadPrompts(programs, params, prompts, groups, self.put)
         self.weights = programs.weights(params)
 
     def run(self, responses: _Responses) -> None:
         """Decodes every row to its end."""
-        width, source, last = self.prompts.tokens.shape[1], self.source, None
-        waiting = self.slots * self.programs.shards < len(self.limits)
-        for stage in self.programs.stages(width, waiting=waiting):
-            aside = Aside(self.programs, self.programs.shards, self.slots, width + stage.limit)
-            decoding = _Decoding(self, stage, width + stage.drawn, source)
-            last = decoding.run(responses, aside, last)
-            source = aside
-            if not any(source.waiting()):
+        width, last = self.prompts.tokens.shape[1], None
+        source: Source = self.source
+        *stages, final = self.programs.stages(width, waiting=self.queues)
+        for stage in (*stages, final):
+            aside = None
+            if stage is not final:
+                width_aside = width + stage.limit
+                aside = Aside(self.programs, self.programs.shards, self.slots, width_aside)
+            decoding = _Decoding(self, stage, width + stage.drawn, source, aside)
+            last = decoding.run(responses, last)
+            if aside is None or not any(aside.waiting()):
                 break
+            source = aside
         assert last is not None
         responses.record(last)
 
@@ -237,90 +244,90 @@ class _Engine:
 class _Decoding:
     """A stage: its rows from when they enter until they end or are put aside."""
 
-    def __init__(self, engine: _Engine, stage: Stage, width: int, source: Source):
+    def __init__(
+        self, engine: _Engine, stage: Stage, width: int, source: Source, aside: Aside | None
+    ):
         self.engine, self.programs = engine, engine.programs
-        self.stage, self.width, self.source = stage, width, source
+        self.stage, self.width, self.source, self.aside = stage, width, source, aside
         limits = np.minimum(engine.limits, stage.limit)
         self.schedule = Schedule(source.waiting(), engine.slots, limits, shrink=engine.shrink)
         # Where another stage follows, the last rows do not keep the slots to themselves.
-        last = stage.limit == self.programs.config.max_response_length
-        self.too_few = 0 if last else self.schedule.slots // 2
+        self.too_few = self.schedule.slots // 2 if aside else 0
         self.column = width
-        self.rows = self.programs.rows(engine.key, engine.prompts, engine.put(limits))
+        self._starts: Starts | None = None
 
-    def run(self, responses: _Responses, aside: Aside, last: _Segment | None) -> _Segment:
+    def run(self, responses: _Responses, last: Log | None) -> Log:
         """Decodes.
 
         Args:
             responses: what is drawn goes there.
-            aside: rows that outgrow the stage go there.
-            last: the segment before, which has not been written down.
+            last: what the segment before drew, which has not been written down.
 
         Returns:
-            The last segment, which has not been written down.
+            What the last segment drew, which has not been written down.
         """
-        schedule, engine = self.schedule, self.engine
+        schedule, engine, aside = self.schedule, self.engine, self.aside
         key_impl = jax.random.key_impl(engine.key)
         slots = self._empty()
         while schedule.busy:
             slots = self._admit(self._fit(slots))
-            row, before = schedule.row.copy(), schedule.drawn.copy()
-            slots, log, seen = self.programs.segment(
+            coming = self._coming()
+            slots, shelf, log, seen = self.programs.segment(
                 engine.weights,
                 slots,
-                *schedule.floors(leave=self.too_few),
+                aside.shelf(slots) if aside else None,
+                coming,
+                *schedule.floors(coming[-1] if coming else None, leave=self.too_few),
                 key_impl,
                 engine.stops,
             )
             if last:  # while the device decodes
                 responses.record(last)
-            active, stopped, after, column = jax.device_get(seen)
-            self.column = int(column)
-            schedule.ended(active, after)
-            leaves = self._leaves(row, stopped.reshape(row.shape))
-            aside.add(slots, self._leaving(row, leaves))
-            schedule.row[leaves] = -1
-            ended = ~active & ~leaves.ravel()
-            last = _Segment(row.ravel(), before.ravel(), after, ended, stopped, log)
+            last, seen = log, jax.device_get(seen)
+            self.column = int(seen.column)
+            schedule.follow(seen)
+            if aside:
+                aside.keep(shelf, seen.shelved)
+                if not schedule.waits and schedule.most <= self.too_few:
+                    self._put_aside(slots, aside)
         assert last is not None
         return last
 
-    def _leaves(self, row: np.ndarray, stopped: np.ndarray) -> np.ndarray:
-        """Slots `[D, s]` of rows that have come to the stage's limit, not to their own, or of all
-        rows once they are too few."""
-        schedule = self.schedule
-        goes_on = self.engine.limits[row] > self.stage.limit
-        outgrown = (row >= 0) & ~stopped & (schedule.drawn == self.stage.limit) & goes_on
-        active = schedule.row >= 0
-        if schedule.waits or active.sum(axis=1).max() > self.too_few:
-            return outgrown
-        return outgrown | active
-
-    def _leaving(self, row: np.ndarray, leaves: np.ndarray) -> Iterator[Leaving]:
-        """Of these rows, what `Aside` wants to know."""
-        schedule = self.schedule
-        per_shard = len(self.engine.limits) // schedule.shards
-        for at in zip(*np.nonzero(leaves), strict=True):
-            shard, slot = map(int, at)
-            drawn = int(schedule.drawn[at])
-            end = int(schedule.entered[at]) + drawn - int(schedule.began[at])
-            yield Leaving(shard, slot, end, int(row[at]) - shard * per_shard, drawn)
+    def _put_aside(self, slots: Slots, aside: Aside) -> None:
+        """Puts aside all rows that there are, on two shelves if they have to."""
+        left = (self.schedule.row >= 0).sum(axis=1)
+        while left.any():
+            slots, shelf, shelved = self.programs.put_aside(slots, aside.shelf(slots))
+            left -= aside.keep(shelf, jax.device_get(shelved))
+        self.schedule.leave()
+        aside.close()
 
     def _empty(self) -> Slots:
-        schedule, sizes = self.schedule, self.stage.columns
+        schedule, sizes, engine = self.schedule, self.stage.columns, self.engine
         most = max(len(rows) for rows in self.source.waiting())
         columns = sizes[-1] if most > schedule.slots else sizes[0]
-        count = schedule.slots * schedule.shards
-        return self.programs.empty(self.source.starts(0), self.rows, count, columns)
+        count, until = schedule.slots * schedule.shards, np.int32(self.stage.limit)
+        return self.programs.empty(self.source.starts(0), engine.rows, until, count, columns)
 
     def _admit(self, slots: Slots) -> Slots:
-        """Lets waiting rows in."""
-        for refill in self.schedule.refill(self.column):
-            arrays = (refill.slot, refill.place, refill.row, refill.count)
-            starts = self.source.starts(refill.chunk)
-            slots = self.programs.enter(slots, starts, self.rows, *arrays)
-        self.source.forget(before=self.schedule.oldest_chunk())
+        """Lets rows into free slots, but for those that come in by themselves."""
+        schedule = self.schedule
+        while (chunk := schedule.urgent_chunk(queues=self.engine.queues)) is not None:
+            queue, starts = schedule.queue(chunk, now=True), self.source.starts(chunk)
+            slots = self.programs.enter(slots, starts, self.engine.rows, queue)
+            schedule.enter(queue.count, self.column)
         return slots
+
+    def _coming(self) -> tuple[Starts, Rows, Queue] | None:
+        """What comes in by itself: rows of one chunk. Its programs want a chunk when none waits."""
+        schedule, source = self.schedule, self.source
+        chunk = schedule.main_chunk()
+        if self.engine.queues and chunk is not None:
+            self._starts = source.starts(chunk)
+        source.forget(before=schedule.oldest_chunk())
+        if self._starts is None:
+            return None
+        return self._starts, self.engine.rows, schedule.queue(chunk)
 
     def _fit(self, slots: Slots) -> Slots:
         """Makes slots fewer where many are empty, and room where the cache is full."""
@@ -332,7 +339,7 @@ class _Decoding:
         unused = schedule.oldest(self.column) - self.engine.prompts.tokens.shape[1]
         shift = min(unused, self.column - self.width)
         self.column -= shift
-        schedule.entered -= shift
+        schedule.first -= shift
         slots = self.programs.shift(slots, np.int32(shift)) if shift else slots
         wanted = self.column + min(
             max(schedule.remaining(), 1), max(self.programs.config.first_columns // 2, 1)

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from flowrl_jax.masking import positions_from_mask
 from flowrl_jax.models.cache import KVCache
@@ -27,11 +26,22 @@ from flowrl_jax.models.decode_kernel import CHUNK
 from flowrl_jax.models.decode_triton import SPLIT
 from flowrl_jax.models.rotary import Rotation
 from flowrl_jax.models.transformer import TransformerConfig
-from flowrl_jax.sampler.columns import copy_columns, drop_columns
+from flowrl_jax.sampler.columns import drop_columns
+from flowrl_jax.sampler.exchange import let_in, let_out
 from flowrl_jax.sampler.sampling import draw
 from flowrl_jax.sampler.schedule import Stage, growing, one_stage, short_before_long
 from flowrl_jax.sampler.settings import SamplerConfig
-from flowrl_jax.sampler.slots import Log, Row, Rows, Slots, Starts
+from flowrl_jax.sampler.slots import (
+    Log,
+    Queue,
+    Row,
+    Rows,
+    Seen,
+    Shelf,
+    Shelved,
+    Slots,
+    Starts,
+)
 from flowrl_jax.sampler.stops import StopTable, advance
 from flowrl_jax.sharding import Layout, constrain
 from flowrl_jax.types import PromptBatch, Rollout
@@ -76,9 +86,13 @@ class Programs:
         """The axis of columns in each array of a layer's cache."""
         return column_axes(self.kernel, self.cache_dtype)
 
+    @property
+    def _axes(self) -> tuple[KVCache, ...]:
+        return (self.column_axes,) * self.shape.num_layers
+
     def _map_caches(self, function: Callable, *caches: tuple[KVCache, ...]) -> Any:
         """Of a function of the axis of columns and an array of each of the caches: caches."""
-        return jax.tree.map(function, (self.column_axes,) * self.shape.num_layers, *caches)
+        return jax.tree.map(function, self._axes, *caches)
 
     def stages(self, width: int, *, waiting: bool) -> list[Stage]:
         """What rows decode in, one after the other.
@@ -93,7 +107,7 @@ class Programs:
         return short_before_long(width, first, limit) if waiting else growing(width, first, limit)
 
     def shardings(self, kind: type) -> Any:
-        """Of `Starts`, `Rows` or `Slots`; None without a layout.
+        """Of `Starts`, `Rows`, `Slots`, `Queue` or `Shelf`; None without a layout.
 
         Args:
             kind: one of these.
@@ -111,13 +125,14 @@ class Programs:
         scales = [None if axis is None else scale for axis in axes[2:]]
         caches = (KVCache(of[axes.key], of[axes.value], *scales),) * self.shape.num_layers
         fixed = Rows(key=rows, limit=rows)
-        names = ("token", "length", "drawn", "active", "stopped", "search")
-        each: dict[str, Any] = dict.fromkeys(names, rows)
-        row = Row(**each, fixed=fixed)
+        starts = Starts(caches, rows, rows, rows, rows)
+        row = Row(*[rows] * 6, fixed=fixed)
         return {
             Rows: fixed,
-            Starts: Starts(caches, rows, rows, rows, rows),
-            Slots: Slots(row=row, caches=caches, column=one),
+            Starts: starts,
+            Slots: Slots(row=row, caches=caches, column=one, until=one),
+            Queue: Queue(rows, rows, rows),
+            Shelf: Shelf(starts, rows, rows),
         }[kind]
 
     def _jit(self, function: Callable, kind: type | None = None, **settings: Any) -> Any:
@@ -172,115 +187,85 @@ class Programs:
 
     @functools.cached_property
     def empty(self) -> Callable:
-        """Of `Starts`, `Rows` and static numbers of slots and columns: `Slots` without rows."""
-        return self._jit(self.without_rows, Slots, static_argnums=(2, 3))
+        """Of `Starts`, `Rows`, a stage's limit and static numbers of slots and columns: `Slots`
+        without rows."""
+        return self._jit(self.without_rows, Slots, static_argnums=(3, 4))
 
-    def without_rows(self, starts: Starts, rows: Rows, slots: int, columns: int) -> Slots:
+    def without_rows(self, starts: Starts, rows: Rows, until, slots: int, columns: int) -> Slots:
         """What `empty` jits."""
-        room = self._room(starts, slots, columns)
-        false = jnp.zeros(slots, bool)
+        zero = jnp.zeros(slots, jnp.int32)
         fixed = jax.tree.map(lambda x: jnp.zeros((slots, *x.shape[1:]), x.dtype), rows)
         width = starts.caches[0].value.shape[2]
-        row = Row(room.token, room.length, room.drawn, false, false, room.search, fixed)
-        return Slots(row, room.caches, jnp.int32(width))
+        caches = self._empty_caches(starts.caches, slots, columns)
+        row = Row(zero - 1, *[zero] * 5, fixed=fixed)
+        return Slots(row, caches, jnp.int32(width), jnp.asarray(until, jnp.int32))
 
     @functools.cached_property
-    def room(self) -> Callable:
-        """Of `Slots` and static numbers of rows and columns: `Starts` of this size, empty."""
+    def shelf(self) -> Callable:
+        """Of `Slots` and static numbers of rows and columns: a `Shelf` of this size, empty."""
 
-        def room(slots: Slots, rows: int, columns: int) -> Starts:
-            row = slots.row
-            starts = Starts(slots.caches, row.token, row.length, row.drawn, row.search)
-            return self._room(starts, rows, columns)
+        def shelf(slots: Slots, rows: int, columns: int) -> Shelf:
+            zero = jnp.zeros(rows, jnp.int32)
+            starts = Starts(self._empty_caches(slots.caches, rows, columns), *[zero] * 4)
+            return Shelf(starts, zero, jnp.zeros(self.shards, jnp.int32))
 
-        return self._jit(room, Starts, static_argnums=(1, 2))
+        return self._jit(shelf, Shelf, static_argnums=(1, 2))
 
-    def _room(self, starts: Starts, rows: int, columns: int) -> Starts:
-        """`Starts` of another size, empty."""
+    def _empty_caches(self, caches: tuple[KVCache, ...], rows: int, columns: int) -> Any:
+        """Caches of another size."""
 
-        def cache(axis, x):
+        def empty(axis, x):
             shape = (rows, *x.shape[1:axis], columns, *x.shape[axis + 1 :])
             return jnp.zeros(shape, x.dtype)
 
-        none = jnp.zeros(rows, jnp.int32)
-        return Starts(self._map_caches(cache, starts.caches), none, none, none, none)
+        return self._map_caches(empty, caches)
 
     @functools.cached_property
     def enter(self) -> Callable:
-        """Of `Slots`, `Starts`, `Rows` and a `Refill`'s arrays: `Slots` with the rows let in."""
-        return self._jit(self._enter, Slots, donate_argnums=0)
+        """Of `Slots`, `Starts`, `Rows` and a `Queue`: `Slots` with rows in those that were free."""
 
-    def _enter(self, slots: Slots, starts: Starts, rows: Rows, slot, place, row, count) -> Slots:
-        def local(slots, starts, rows, slot, place, row, count):
-            width = starts.caches[0].value.shape[2]
+        def enter(slots: Slots, *arguments) -> Slots:
+            return self._let_in(slots, jnp.zeros(self.shards, jnp.int32), *arguments)[0]
 
-            def one(i, slots):
-                at, of, who = slot[0, i], place[0, i], row[0, i]
-                values = Row(
-                    token=starts.token[of],
-                    length=starts.length[of],
-                    drawn=starts.drawn[of],
-                    active=jnp.bool(True),
-                    stopped=jnp.bool(False),
-                    search=starts.search[of],
-                    fixed=jax.tree.map(lambda x: x[who], rows),
-                )
-                target = (at, slots.column - width)
-                copy = functools.partial(copy_columns, (of, 0), target, width)
-                return Slots(
-                    row=jax.tree.map(lambda x, value: x.at[at].set(value), slots.row, values),
-                    caches=self._map_caches(copy, starts.caches, slots.caches),
-                    column=slots.column,
-                )
-
-            return jax.lax.fori_loop(0, count[0], one, slots)
-
-        return self._by_shards(local, slots, starts, rows, slot, place, row, count)
+        return self._jit(enter, Slots, donate_argnums=0)
 
     @functools.cached_property
     def put_aside(self) -> Callable:
-        """Of `Starts`, `Slots`, and slots, places, columns that rows end before `[D, s]` and how
-        many `[D]`: `Starts` with these rows in it."""
-        return self._jit(self._put_aside, Starts, donate_argnums=0)
+        """Of `Slots` and a `Shelf`: both with all rows put aside for which there is room, and what
+        the host is to know of the shelf."""
 
-    def _put_aside(self, starts: Starts, slots: Slots, slot, place, end, count) -> Starts:
-        def local(starts, slots, slot, place, end, count):
-            width = starts.caches[0].value.shape[2]
+        def put_aside(slots: Slots, shelf: Shelf):
+            slots, shelf = self._let_out(slots, shelf, all_rows=True)
+            return slots, shelf, _shelved(shelf)
 
-            def one(i, starts):
-                at, to = slot[0, i], place[0, i]
-                first = end[0, i] - width
-                copy = functools.partial(copy_columns, (at, first), (to, 0), width)
-                names = ("token", "length", "drawn", "search")
-                values = {
-                    name: getattr(starts, name).at[to].set(getattr(slots.row, name)[at])
-                    for name in names
-                }
-                return Starts(self._map_caches(copy, slots.caches, starts.caches), **values)
+        settings: dict[str, Any] = {}
+        if self.within is not None:
+            moved = (self.shardings(Slots), self.shardings(Shelf))
+            settings["out_shardings"] = (*moved, self.within.replicated)
+        return self._jit(put_aside, donate_argnums=(0, 1), **settings)
 
-            return jax.lax.fori_loop(0, count[0], one, starts)
+    def _let_in(self, *arguments) -> tuple[Slots, jax.Array]:
+        return self._by_shards(functools.partial(let_in, self._axes), 2, *arguments)
 
-        return self._by_shards(local, starts, slots, slot, place, end, count)
+    def _let_out(self, *arguments, all_rows: bool) -> tuple[Slots, Shelf]:
+        local = functools.partial(let_out, self._axes, all_rows=all_rows)
+        return self._by_shards(local, 2, *arguments)
 
-    def _by_shards(self, local: Callable, changed: Any, *arguments: Any) -> Any:
-        """Runs a function that changes slots or starts on every device for its own."""
+    def _by_shards(self, local: Callable, changed: int, *arguments: Any) -> Any:
+        """Runs a function on every device for its own; it returns its first arguments, changed."""
         within = self.within
         if within is None:
-            return local(changed, *arguments)
-        kinds = (Slots, Starts, Rows)
+            return local(*arguments)
 
         def spec(x):
-            if isinstance(x, kinds):
-                return jax.tree.map(lambda sharding: sharding.spec, self.shardings(type(x)))
-            return within.batch.spec if x.ndim else PartitionSpec()
+            if isinstance(x, jax.Array):
+                return within.batch.spec
+            return jax.tree.map(lambda sharding: sharding.spec, self.shardings(type(x)))
 
+        specs = tuple(spec(x) for x in arguments)
         return jax.shard_map(
-            local,
-            mesh=within.mesh,
-            in_specs=tuple(spec(x) for x in (changed, *arguments)),
-            out_specs=spec(changed),
-            check_vma=False,
-        )(changed, *arguments)
+            local, mesh=within.mesh, in_specs=specs, out_specs=specs[:changed], check_vma=False
+        )(*arguments)
 
     @functools.cached_property
     def shift(self) -> Callable:
@@ -292,7 +277,8 @@ class Programs:
 
     def _shift(self, slots: Slots, shift) -> Slots:
         caches = self._map_caches(functools.partial(drop_columns, shift), slots.caches)
-        return Slots(slots.row, caches, slots.column - shift)
+        row = dataclasses.replace(slots.row, first=slots.row.first - shift)
+        return dataclasses.replace(slots, row=row, caches=caches, column=slots.column - shift)
 
     @functools.cached_property
     def resize(self) -> Callable:
@@ -308,46 +294,69 @@ class Programs:
                 return jnp.pad(kept, pad)
 
             row = jax.tree.map(lambda x: x[take[0]], slots.row)
-            return Slots(row, self._map_caches(cache, slots.caches), slots.column)
+            caches = self._map_caches(cache, slots.caches)
+            return (dataclasses.replace(slots, row=row, caches=caches),)
 
-        return self._by_shards(local, slots, take)
+        return self._by_shards(local, 1, slots, take)[0]
 
     @functools.cached_property
     def segment(self) -> Callable:
-        """Decodes until the host is to be asked.
+        """Decodes until the host is to be asked, and lets rows out and in meanwhile.
 
-        Of weights, `Slots`, `floors` of a `Schedule` (two), the key's implementation, which is
-        static, and a `StopTable` or None: `Slots`, a `Log`, and what the host looks at: each
-        slot's `active`, `stopped` and `drawn`, and the column.
+        Of weights, `Slots`, a `Shelf` or None, what is to come in (`Starts`, `Rows` and a `Queue`)
+        or None, `floors` of a `Schedule` (two), the key's implementation, which is static, and a
+        `StopTable` or None: `Slots`, the `Shelf`, a `Log`, and what the host looks at, `Seen`.
         """
         settings: dict[str, Any] = {}
         if self.within is not None:
-            settings["out_shardings"] = (self.shardings(Slots), *[self.within.replicated] * 2)
-        return self._jit(self._segment, donate_argnums=1, static_argnums=4, **settings)
+            told = [self.within.replicated] * 2
+            settings["out_shardings"] = (self.shardings(Slots), None, *told)
+        return self._jit(self._segment, donate_argnums=(1, 2), static_argnums=6, **settings)
 
-    def _segment(self, weights, slots: Slots, refill, shrink, key_impl, stops):
+    def _segment(
+        self, weights, slots: Slots, shelf: Shelf | None, coming, refill, shrink, key_impl, stops
+    ):
         columns, count = slots.caches[0].value.shape[2], slots.row.token.shape[0]
         tables = rotation_tables(self.shape, columns)
-        log = (self.config.segment, count)
+        shards = lambda x: x.reshape(self.shards, -1).sum(axis=1)  # noqa: E731
 
         def going(carry):
-            step, slots, _ = carry
-            active = slots.row.active.reshape(self.shards, -1).sum(axis=1)
+            step, slots, _, taken, _ = carry
+            rows = shards(slots.decodes)
+            if coming is not None:
+                rows += jnp.minimum(shards(slots.free), coming[-1].count - taken)
+            asked = jnp.any(rows <= refill) | (jnp.max(rows) <= shrink)
+            # The first step lets in who waits, and out who found no room, however few there are.
             room = (step < self.config.segment) & (slots.column < columns)
-            return room & jnp.all(active > refill) & (jnp.max(active) > shrink)
+            return room & ((step == 0) | ~asked)
 
         def body(carry):
-            step, slots, log = carry
+            step, slots, shelf, taken, log = carry
+            if coming is not None:
+                slots, taken = self._let_in(slots, taken, *coming)
             slots, drawn = self.token(weights, slots, tables, key_impl, stops)
+            if shelf is not None:
+                slots, shelf = self._let_out(slots, shelf, all_rows=False)
             log = jax.tree.map(
                 lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, step, 0), log, drawn
             )
-            return step + 1, slots, log
+            return step + 1, slots, shelf, taken, log
 
-        empty = Log(jnp.zeros(log, jnp.int32), jnp.zeros(log), jnp.zeros(log))
-        _, slots, log = jax.lax.while_loop(going, body, (jnp.int32(0), slots, empty))
+        of = (self.config.segment, count)
+        number, probability = jnp.zeros(of, jnp.int32), jnp.zeros(of)
+        log = Log(number - 1, number, probability, probability, jnp.zeros(of, bool))
+        none = jnp.zeros(self.shards, jnp.int32)
+        _, slots, shelf, taken, log = jax.lax.while_loop(
+            going, body, (jnp.int32(0), slots, shelf, none, log)
+        )
         row = slots.row
-        return slots, log, (row.active, row.stopped, row.drawn, slots.column)
+        shelved = None
+        if shelf is not None:
+            shelved = _shelved(shelf)
+            if self.within is not None:
+                shelf = jax.lax.with_sharding_constraint(shelf, self.shardings(Shelf))
+        seen = Seen(row.index, row.first, row.drawn, slots.column, taken, shelved)
+        return slots, shelf, log, seen
 
     def token(
         self,
@@ -358,8 +367,8 @@ class Programs:
         stops: StopTable | None = None,
     ) -> tuple[Slots, Log]:
         """Draws a token for every row: a step of `segment`."""
-        row, config = slots.row, self.config
-        held = Held(slots.column, jnp.where(row.active, row.length + 1, 0))
+        row, config, active = slots.row, self.config, slots.decodes
+        held = Held(slots.column, jnp.where(active, row.length + 1, 0))
         logits, caches = decode_token(
             weights, self.shape, row.token, row.length, tables, held, slots.caches
         )
@@ -373,23 +382,24 @@ class Programs:
             top_p=config.top_p,
             min_p=config.min_p,
         )
-        drawn = row.drawn + row.active
+        drawn = row.drawn + active
         stopped, search = jnp.isin(token, jnp.array(config.eos_ids, jnp.int32)), row.search
         if stops is not None:
             search, said = advance(stops, search, token)
             stopped |= said
-        stopped &= row.active
-        # A row that has come to its limit stays as it is: it may be put aside.
-        row = Row(
-            token=jnp.where(row.active, token, row.token),
-            length=row.length + row.active,
+        stopped &= active
+        ended = active & (stopped | (drawn >= row.fixed.limit))
+        log = Log(jnp.where(active, row.index, -1), token, logprob, policy_logprob, stopped)
+        # A row that waits to be put aside stays as it is.
+        row = dataclasses.replace(
+            row,
+            index=jnp.where(ended, -1, row.index),
+            token=jnp.where(active, token, row.token),
+            length=row.length + active,
             drawn=drawn,
-            active=row.active & ~stopped & (drawn < row.fixed.limit),
-            stopped=row.stopped | stopped,
-            search=jnp.where(row.active, search, row.search),
-            fixed=row.fixed,
+            search=jnp.where(active, search, row.search),
         )
-        return Slots(row, caches, slots.column + 1), Log(token, logprob, policy_logprob)
+        return dataclasses.replace(slots, row=row, caches=caches, column=slots.column + 1), log
 
     @functools.cached_property
     def assemble(self) -> Callable:
@@ -409,6 +419,10 @@ class Programs:
         if self.layout is None:
             return jax.jit(assemble)
         return self.layout.jit(assemble, out_shardings=self.layout.batch)
+
+
+def _shelved(shelf: Shelf) -> Shelved:
+    return Shelved(shelf.row, shelf.starts.drawn, shelf.count)
 
 
 @functools.lru_cache(maxsize=32)

@@ -4,12 +4,14 @@ Rows lie over shards in equal runs, and so do slots; a row stays in its shard, s
 crosses devices. All processes decide alike, from what they all see.
 """
 
-import dataclasses
+import itertools
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from flowrl_jax.sampler.slots import Queue, Seen
 
 # A program with fewer slots, and the copying of caches, are worth it for so many more tokens.
 WORTH_SHRINKING = 64
@@ -21,7 +23,7 @@ class Waiting(NamedTuple):
 
     Attributes:
         row: among the shard's.
-        chunk: of the `Starts` that it enters with.
+        chunk: of the `Source` that it enters from.
         place: in the shard's part of the chunk.
         drawn: tokens that it has.
     """
@@ -73,25 +75,6 @@ class Groups:
         ]
 
 
-@dataclasses.dataclass(frozen=True)
-class Refill:
-    """Rows that enter slots, all of one chunk.
-
-    Attributes:
-        chunk: of the `Starts`.
-        slot: `[D, s]` int32, slots of each shard, the first `count` of them.
-        place: `[D, s]` int32, places in the shard's part of the chunk.
-        row: `[D, s]` int32, their rows among the shard's.
-        count: `[D]` int32.
-    """
-
-    chunk: int
-    slot: np.ndarray
-    place: np.ndarray
-    row: np.ndarray
-    count: np.ndarray
-
-
 class Schedule:
     """Rows that wait, decode and have ended.
 
@@ -102,9 +85,8 @@ class Schedule:
         shrink: whether slots may become fewer once nothing waits.
 
     Attributes:
-        row: `[D, s]` int, the row in each slot, counted over all; -1 where there is none.
-        entered: `[D, s]` int, the column at which it came in.
-        began: `[D, s]` int, the tokens that it had then.
+        row: `[D, s]` int, the row in each slot, counted over its shard; -1 where there is none.
+        first: `[D, s]` int, the column of its first token, whether or not it is kept.
         drawn: `[D, s]` int, the tokens that it has.
     """
 
@@ -118,16 +100,15 @@ class Schedule:
     ):
         self._waiting = [deque(rows) for rows in waiting]
         self.shards = len(waiting)
-        self._per_shard = len(limits) // self.shards
-        self._limits = limits
+        self._limits = limits.reshape(self.shards, -1)
         self._least = min((row.drawn for rows in self._waiting for row in rows), default=0)
+        self._queue = slots
         most = max(len(rows) for rows in self._waiting)
         sizes = slot_sizes(slots, shrink)
         size = min((size for size in sizes if size >= most), default=slots)
         self._sizes = [other for other in sizes if other <= size]
         self.row = np.full((self.shards, size), -1)
-        self.entered = np.zeros((self.shards, size), int)
-        self.began = np.zeros((self.shards, size), int)
+        self.first = np.zeros((self.shards, size), int)
         self.drawn = np.zeros((self.shards, size), int)
 
     @property
@@ -136,57 +117,99 @@ class Schedule:
         return self.row.shape[1]
 
     @property
+    def most(self) -> int:
+        """Rows in the slots of the shard that has most."""
+        return int((self.row >= 0).sum(axis=1).max())
+
+    @property
     def busy(self) -> bool:
         """Whether a row decodes or waits."""
-        return bool((self.row >= 0).any()) or self.waits
+        return bool(self.most) or self.waits
 
     @property
     def waits(self) -> bool:
         """Whether a row waits."""
         return any(self._waiting)
 
-    def refill(self, column: int) -> list[Refill]:
-        """Puts waiting rows into free slots.
+    @property
+    def _waits(self) -> np.ndarray:
+        """Rows that wait in each shard."""
+        return np.array([len(rows) for rows in self._waiting])
+
+    def main_chunk(self) -> int | None:
+        """The chunk that most rows are to enter from next; None where none waits."""
+        heads = sorted({rows[0].chunk for rows in self._waiting if rows})
+        return max(heads, key=lambda chunk: int(self.queue(chunk).count.sum()), default=None)
+
+    def urgent_chunk(self, *, queues: bool) -> int | None:
+        """A chunk that rows are to enter from before anything is decoded, None if there is none.
 
         Args:
+            queues: whether the main chunk's come in by themselves.
+        """
+        main = self.main_chunk()
+        if main is None:
+            return None
+        queued = self.queue(main).count if queues else 0
+        free = (self.row < 0).sum(axis=1)
+        short = (np.minimum(free, self._waits) > queued).nonzero()[0]
+        return self._waiting[short[0]][0].chunk if short.size else None
+
+    def queue(self, chunk: int | None, *, now: bool = False) -> Queue:
+        """The rows at the head of each shard's line that are of one chunk.
+
+        Args:
+            chunk: of the `Source`.
+            now: whether only as many as there are free slots.
+        """
+        room = (self.row < 0).sum(axis=1) if now else np.full(self.shards, self._queue)
+        place, row = np.zeros((2, self.shards, self._queue), np.int32)
+        count = np.zeros(self.shards, np.int32)
+        for shard, rows in enumerate(self._waiting):
+            of_chunk = itertools.takewhile(lambda waiting: waiting.chunk == chunk, rows)
+            for i, waiting in enumerate(itertools.islice(of_chunk, int(room[shard]))):
+                place[shard, i], row[shard, i] = waiting.place, waiting.row
+                count[shard] = i + 1
+        return Queue(place, row, count)
+
+    def enter(self, count: np.ndarray, column: int) -> None:
+        """Puts rows that wait into the first free slots.
+
+        Args:
+            count: `[D]` int, how many.
             column: that the next token of every slot is written to.
         """
-        found: dict[int, list[tuple[int, int, int, int]]] = {}
-        for shard, slot in zip(*np.nonzero(self.row < 0), strict=True):
-            if not self._waiting[shard]:
-                continue
-            row, chunk, place, drawn = self._waiting[shard].popleft()
-            self.row[shard, slot] = shard * self._per_shard + row
-            self.entered[shard, slot] = column
-            self.began[shard, slot] = self.drawn[shard, slot] = drawn
-            found.setdefault(chunk, []).append((shard, slot, place, row))
-        return [self._refill(chunk, entries) for chunk, entries in sorted(found.items())]
-
-    def _refill(self, chunk: int, entries: list[tuple[int, int, int, int]]) -> Refill:
-        return Refill(chunk, *lists(self.row.shape, entries))
+        for shard, number in enumerate(count):
+            for slot in np.flatnonzero(self.row[shard] < 0)[:number]:
+                waiting = self._waiting[shard].popleft()
+                self.row[shard, slot] = waiting.row
+                self.first[shard, slot] = column - waiting.drawn
+                self.drawn[shard, slot] = waiting.drawn
 
     def oldest_chunk(self) -> int | None:
         """The first chunk that a row still waits for; None where none waits."""
         return min((rows[0].chunk for rows in self._waiting if rows), default=None)
 
-    def floors(self, *, leave: int = 0) -> tuple[np.ndarray, int]:
+    def floors(self, queue: Queue | None, *, leave: int = 0) -> tuple[np.ndarray, int]:
         """When the host wants to be asked.
 
         Args:
+            queue: rows that may come in before.
             leave: rows in a shard that are too few to go on with, once none waits.
 
         Returns:
-            `[D]` int32, the number of rows in a shard at which it is to be refilled (-1: never),
-            and the number in every shard at which slots become fewer, or rows leave (0: when all
-            have ended).
+            `[D]` int32, the number of rows in a shard, with those of the queue for which there are
+            slots, at which it is to be refilled (-1: never), and the number in every shard at which
+            slots become fewer, or rows leave (0: when all have ended).
         """
-        active = (self.row >= 0).sum(axis=1)
+        queued = np.zeros(self.shards, int) if queue is None else queue.count
+        rows = np.minimum((self.row >= 0).sum(axis=1) + queued, self.slots)
         step = max(1, self.slots // _FIRST_TAKERS)
-        waiting = np.array([bool(rows) for rows in self._waiting])
-        refill = np.where(waiting, np.maximum(active - step, 0), -1).astype(np.int32)
+        more = self._waits > queued
+        refill = np.where(more, np.maximum(rows - step, 0), -1).astype(np.int32)
         fewer = [size for size in self._sizes if size < self.slots]
-        shrink = fewer[0] if fewer and not waiting.any() and self._worthwhile() else 0
-        return refill, max(shrink, 0 if waiting.any() else leave)
+        shrink = fewer[0] if fewer and not more.any() and self._worthwhile() else 0
+        return refill, max(shrink, 0 if more.any() else leave)
 
     def _worthwhile(self) -> bool:
         return self.remaining() >= WORTH_SHRINKING
@@ -195,22 +218,29 @@ class Schedule:
         """Tokens that a row that decodes or waits may still have."""
         if self.waits:
             return int(self._limits.max()) - self._least
-        active = self.row >= 0
-        return int((self._limits[self.row] - self.drawn)[active].max(initial=0))
+        left = np.take_along_axis(self._limits, self.row, axis=1) - self.drawn
+        return int(left[self.row >= 0].max(initial=0))
 
     def oldest(self, column: int) -> int:
         """The first column of a decoding response that is longest, or else the next column."""
-        return int((self.entered - self.began)[self.row >= 0].min(initial=column))
+        return int(self.first[self.row >= 0].min(initial=column))
 
-    def ended(self, active: np.ndarray, drawn: np.ndarray) -> None:
-        """Takes note of what a segment did, and frees the slots of rows that have ended.
+    def follow(self, seen: Seen) -> None:
+        """Takes note of what a segment did.
 
         Args:
-            active: `[D * s]` bool.
-            drawn: `[D * s]` int32, response tokens of each slot's row.
+            seen: with numpy arrays.
         """
-        self.drawn = drawn.reshape(self.row.shape).astype(int)
-        self.row[~active.reshape(self.row.shape)] = -1
+        self.row, self.first, self.drawn = (
+            np.array(x, int).reshape(self.row.shape) for x in (seen.index, seen.first, seen.drawn)
+        )
+        for rows, taken in zip(self._waiting, seen.taken, strict=True):
+            for _ in range(taken):
+                rows.popleft()
+
+    def leave(self) -> None:
+        """Frees all slots."""
+        self.row[:] = -1
 
     def shrink(self) -> np.ndarray | None:
         """Makes slots fewer, where that is worth it.
@@ -220,12 +250,11 @@ class Schedule:
         """
         if self.waits or not self._worthwhile():
             return None
-        active = (self.row >= 0).sum(axis=1).max()
-        size = min(size for size in self._sizes if size >= active)
+        size = min(size for size in self._sizes if size >= self.most)
         if size >= self.slots:
             return None
         take = np.argsort(self.row < 0, axis=1, kind="stable")[:, :size].astype(np.int32)
-        for name in ("row", "entered", "began", "drawn"):
+        for name in ("row", "first", "drawn"):
             setattr(self, name, np.take_along_axis(getattr(self, name), take, axis=1))
         return take
 
@@ -238,26 +267,6 @@ def slot_sizes(size: int, shrink: bool) -> list[int]:
         shrink: whether there are smaller ones: down to an eighth, by halves.
     """
     return sorted({-(-size // part) for part in ((1, 2, 4, 8) if shrink else (1,))}, reverse=True)
-
-
-def lists(
-    shape: tuple[int, int], entries: Iterable[tuple[int, ...]]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Entries of shards, (shard, three numbers) each, as programs take them.
-
-    Args:
-        shape: shards, and entries of each at most.
-        entries: in any order.
-
-    Returns:
-        Three arrays `[D, s]` int32 of the numbers, and how many are a shard's, `[D]` int32.
-    """
-    arrays = np.zeros((3, *shape), np.int32)
-    count = np.zeros(shape[0], np.int32)
-    for shard, *values in entries:
-        arrays[:, shard, count[shard]] = values
-        count[shard] += 1
-    return arrays[0], arrays[1], arrays[2], count
 
 
 class Stage(NamedTuple):

@@ -1,33 +1,15 @@
 """Where rows that wait for slots come from: prompts, or responses that were put aside."""
 
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
 from flowrl_jax.sampler.programs import Programs
-from flowrl_jax.sampler.schedule import Groups, Waiting, lists
-from flowrl_jax.sampler.slots import Slots, Starts
+from flowrl_jax.sampler.schedule import Groups, Waiting
+from flowrl_jax.sampler.slots import Shelf, Shelved, Slots, Starts
 from flowrl_jax.types import PromptBatch
-
-
-class Leaving(NamedTuple):
-    """A row that is to be put aside.
-
-    Attributes:
-        shard: that it is in.
-        slot: of the shard.
-        end: the column that its newest token would be written to.
-        row: among the shard's.
-        drawn: tokens that it has.
-    """
-
-    shard: int
-    slot: int
-    end: int
-    row: int
-    drawn: int
 
 
 class Source(Protocol):
@@ -86,12 +68,12 @@ class ReadPrompts:
 
 
 class Aside:
-    """Responses that wait for the next stage.
+    """Responses that wait for the next stage, on as many shelves as they need.
 
     Args:
         programs: that copy.
         shards: that rows are cut over.
-        size: rows of a shard in a chunk.
+        size: rows of a shard on a shelf.
         width: columns of each.
     """
 
@@ -99,25 +81,48 @@ class Aside:
         self._programs, self._size, self._width = programs, size, width
         self._rows: list[list[Waiting]] = [[] for _ in range(shards)]
         self._kept: dict[int, Starts] = {}
+        self._shelf: Shelf | None = None
+        self._known = np.zeros(shards, int)
 
-    def add(self, slots: Slots, entries: Iterable[Leaving]) -> None:
-        """Copies rows out of slots.
+    def shelf(self, slots: Slots) -> Shelf:
+        """The shelf that has room. Whoever takes it gives it back by `keep`.
 
         Args:
-            slots: that they are in.
-            entries: the rows.
+            slots: of whose shape its caches are.
         """
-        found: dict[int, list[tuple[int, int, int, int]]] = {}
-        for shard, slot, end, row, drawn in entries:
-            chunk, place = divmod(len(self._rows[shard]), self._size)
-            self._rows[shard].append(Waiting(row, chunk, place, drawn))
-            found.setdefault(chunk, []).append((shard, slot, place, end))
-        shards = len(self._rows)
-        for chunk, rows in sorted(found.items()):
-            if chunk not in self._kept:
-                self._kept[chunk] = self._programs.room(slots, shards * self._size, self._width)
-            arrays = lists((shards, self._size), rows)
-            self._kept[chunk] = self._programs.put_aside(self._kept[chunk], slots, *arrays)
+        shelf = self._shelf
+        if shelf is None:
+            places = len(self._rows) * self._size
+            shelf = self._shelf = self._programs.shelf(slots, places, self._width)
+        return shelf
+
+    def keep(self, shelf: Shelf, shelved: Shelved) -> np.ndarray:
+        """Takes note of the rows that were put on the shelf.
+
+        Args:
+            shelf: the one that was taken.
+            shelved: what is on it, in numpy arrays.
+
+        Returns:
+            How many of each shard these were, `[D]`.
+        """
+        chunk, shards = len(self._kept), len(self._rows)
+        row, drawn = shelved.row.reshape(shards, -1), shelved.drawn.reshape(shards, -1)
+        for shard, rows in enumerate(self._rows):
+            for place in range(self._known[shard], shelved.count[shard]):
+                rows.append(Waiting(int(row[shard, place]), chunk, place, int(drawn[shard, place])))
+        count = np.asarray(shelved.count)
+        new = count - self._known
+        self._shelf, self._known = shelf, count
+        if count.max() == self._size:
+            self.close()
+        return new
+
+    def close(self) -> None:
+        """Nothing more comes to the present shelf."""
+        if self._shelf is not None and self._known.any():
+            self._kept[len(self._kept)] = self._shelf.starts
+        self._shelf, self._known = None, np.zeros_like(self._known)
 
     def waiting(self) -> list[list[Waiting]]:
         """As `Source`."""
