@@ -193,7 +193,8 @@ def test_a_tpu_reads_weights_and_cache_at_least(tmp_path):
     config = tpu_decode_bytes.make_config(rows=8, prompt_length=128, response_length=128)
     small = dataclasses.replace(config.model, num_layers=2, vocab_size=4096)
     found = tpu_decode_bytes.measure(dataclasses.replace(config, model=small), "v5e:1x1")
-    assert found["cache"] == 2 * 2 * 8 * 2 * 256 * 128 * 2
+    caches = 2 * 2 * 8 * 2 * 256 * 128 * 2
+    assert caches <= found["cache"] < caches + 8 * 64  # and what is known of each slot
     assert 1.0 < found["ratio"] < 3.0
 
 

@@ -245,8 +245,9 @@ def test_gpus_decode_in_the_columns_that_their_kernel_wants(changes, columns):
     config = changed(seven_billion(), sizes | changes)
     learner = planned_learner(config, describe("h100:8").devices)
     (decode,) = [program for program in programs(config, learner) if program.name == "decode"]
-    _, (_, slots) = decode.build()
+    _, (_, slots, prompts) = decode.build()
     assert slots.caches[0].value.shape == (64, 4, columns, 128)
+    assert prompts.length.shape == (8,)  # from which other rows start: in groups of 8
 
 
 def test_a_kernel_of_other_chips_is_refused(capsys):

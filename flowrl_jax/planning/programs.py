@@ -25,7 +25,7 @@ from flowrl_jax.planning.shapes import planned_shape
 from flowrl_jax.rollouts import check_rollouts
 from flowrl_jax.sampler.programs import Programs
 from flowrl_jax.sampler.schedule import Groups
-from flowrl_jax.sampler.slots import Rows, Slots
+from flowrl_jax.sampler.slots import Rows, Slots, Starts
 from flowrl_jax.sharding import Layout, make_mesh, sampling_layout
 from flowrl_jax.train_step import abstract_policy, abstract_state, make_score, make_train_step
 from flowrl_jax.types import PromptBatch, TrainBatch
@@ -336,7 +336,10 @@ class _Sampler:
         return lambda: self._programs.prefill, arguments
 
     def decode(self) -> Built:
-        """One token of every slot, over a cache of the full length."""
+        """One token of every slot, over a cache of the full length.
+
+        Where rows wait, the prompts that they start from stay beside it.
+        """
         programs, config = self._programs, self._learner.model.config
         weights = jax.eval_shape(
             lambda params: decode_params(params, config), policy_shapes(self._learner)
@@ -356,11 +359,13 @@ class _Sampler:
         tables = functools.partial(rotation_tables, config, self._columns)
         make = functools.partial(
             self._within.jit,
-            lambda weights, slots: programs.token(weights, slots, tables(), key_impl),
+            lambda weights, slots, *_: programs.token(weights, slots, tables(), key_impl),
             donate_argnums=1,
             out_shardings=(programs.shardings(Slots), None),
+            keep_unused=True,
         )
-        return make, (weights, slots)
+        waits = self.slots < self._rows
+        return make, (weights, slots, *[_placed(read, programs.shardings(Starts))] * waits)
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:

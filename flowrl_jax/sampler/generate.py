@@ -1,9 +1,9 @@
 """Autoregressive sampling with continuous batching.
 
 A prompt is read once for all the samples of its group. Rows decode in slots; when one ends, a row
-that waits takes its slot. The device decodes on its own until enough rows have ended, the cache is
-full, or a segment's tokens are drawn; then the host lets rows in, and writes down what was drawn
-while the device goes on.
+that waits takes its slot before the next token. The device decodes on its own until the rows that
+it was given are used up, the cache is full, or a segment's tokens are drawn; then the host gives
+it others, and writes down what was drawn while the device goes on.
 
 Where attention reads all columns there are, whatever a row has, short and long rows do not share
 them: rows that outgrow a stage are put aside, and decoded together in the next one.
@@ -322,9 +322,10 @@ class _Decoding:
         """What comes in by itself: rows of one chunk. Its programs want a chunk when none waits."""
         schedule, source = self.schedule, self.source
         chunk = schedule.main_chunk()
-        if self.engine.queues and chunk is not None:
-            self._starts = source.starts(chunk)
         source.forget(before=schedule.oldest_chunk())
+        if self.engine.queues and chunk is not None:
+            self._starts = None  # before the next chunk is read
+            self._starts = source.starts(chunk)
         if self._starts is None:
             return None
         return self._starts, self.engine.rows, schedule.queue(chunk)
