@@ -233,21 +233,21 @@ def test_gpus_are_estimated_and_say_so(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("changes", "columns"),
+    ("changes", "columns", "starts"),
     [
-        ({}, 8960),  # 8292, and 512 more where rows wait: a multiple of what the kernel reads
-        ({"rollout.cache": "int8"}, 8548),  # attended to by XLA: the last of several stages
-        ({"model.decode_kernel": "xla"}, 8548),
+        ({}, 8960, 8),  # 8292, and 512 more where rows wait: a multiple of what the kernel reads
+        ({"rollout.cache": "int8"}, 8548, 64),  # attended to by XLA: the last of several stages
+        ({"model.decode_kernel": "xla"}, 8548, 64),
     ],
 )
-def test_gpus_decode_in_the_columns_that_their_kernel_wants(changes, columns):
+def test_gpus_decode_in_the_columns_that_their_kernel_wants(changes, columns, starts):
     sizes = {"rollout.max_prompt_length": 100, "rollout.slots": 64}
     config = changed(seven_billion(), sizes | changes)
     learner = planned_learner(config, describe("h100:8").devices)
     (decode,) = [program for program in programs(config, learner) if program.name == "decode"]
     _, (_, slots, prompts) = decode.build()
     assert slots.caches[0].value.shape == (64, 4, columns, 128)
-    assert prompts.length.shape == (8,)  # from which other rows start: in groups of 8
+    assert prompts.length.shape == (starts,)  # groups of 8 start from a prompt, or rows go on
 
 
 def test_a_kernel_of_other_chips_is_refused(capsys):

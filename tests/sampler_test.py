@@ -11,6 +11,7 @@ import pytest
 
 from flowrl_jax.models.transformer import Transformer, init_params
 from flowrl_jax.sampler import SamplerConfig, StopTable, generate, programs, rollout_key
+from flowrl_jax.sampler.schedule import Schedule
 from flowrl_jax.sharding import Layout, MeshConfig, make_mesh, sampling_layout
 from tests.tiny import (
     MESH_CONFIG,
@@ -339,6 +340,26 @@ def test_shards_that_drift_apart_are_the_same(first_columns):
     layout = Layout(make_mesh(MeshConfig(data=2, fsdp=1), jax.devices()[:2]))
     changes = {"slots": 6, "first_columns": first_columns, "layout": layout}
     assert_same(together, sample(layout.put_batch(batch), **settings, **changes))
+
+
+@pytest.mark.slow
+def test_a_row_that_finds_the_shelf_full_does_not_stay(monkeypatch):
+    """Two rows whose columns are the oldest outgrow the first stage as one place is left: while one
+    of them waited, no column could be dropped, and nothing went on."""
+    limits = np.array([97, 65, 60, 97, 8, 97, 20, 97, 56, 54, 97, 97, 14, 74, *[97] * 14])
+    limits[[16, 18, 22]] = 63, 70, 26
+    settings = {"eos_ids": (), "group_size": 1, "max_response_length": 97, "max_lengths": limits}
+    batch = prompt_batch([3] * 28, 1, PROMPT, CONFIG.vocab_size)
+    looks, follow = [], Schedule.follow
+
+    def counted(self, seen):
+        looks.append(int(seen.column))
+        assert len(looks) < 200
+        follow(self, seen)
+
+    together = sample(batch, **settings)
+    monkeypatch.setattr(Schedule, "follow", counted)
+    assert_same(together, sample(batch, slots=8, first_columns=96, **settings))
 
 
 @pytest.mark.slow

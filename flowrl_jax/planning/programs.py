@@ -318,6 +318,7 @@ class _Sampler:
         self.chunks = -(-rows // (rollout.group_size * self.prompts))
         stages = self._programs.stages(self._width, waiting=self.slots < rows)
         self._columns = stages[-1].columns[-1]
+        self._shelf = self._width + stages[-2].limit if len(stages) > 1 else 0
 
     def _array(self, *shape: int, dtype: Any = jnp.int32, layout: Layout | None = None) -> Any:
         sharding = (layout or self._within).batch
@@ -338,7 +339,7 @@ class _Sampler:
     def decode(self) -> Built:
         """One token of every slot, over a cache of the full length.
 
-        Where rows wait, the prompts that they start from stay beside it.
+        Where rows wait, what they start from stays beside it: a chunk of prompts, or a shelf.
         """
         programs, config = self._programs, self._learner.model.config
         weights = jax.eval_shape(
@@ -364,8 +365,12 @@ class _Sampler:
             out_shardings=(programs.shardings(Slots), None),
             keep_unused=True,
         )
-        waits = self.slots < self._rows
-        return make, (weights, slots, *[_placed(read, programs.shardings(Starts))] * waits)
+        if self.slots == self._rows:
+            return make, (weights, slots)
+        if self._shelf:
+            shelf = lambda slots: programs.shelf(slots, self.slots, self._shelf).starts  # noqa: E731
+            read = jax.eval_shape(shelf, slots)
+        return make, (weights, slots, _placed(read, programs.shardings(Starts)))
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:

@@ -281,6 +281,7 @@ class _Decoding:
                 key_impl,
                 engine.stops,
             )
+            coming = None  # what nobody waits for any more is freed
             if last:  # while the device decodes
                 responses.record(last)
             last, seen = log, jax.device_get(seen)
@@ -290,6 +291,7 @@ class _Decoding:
                 aside.keep(shelf, seen.shelved)
                 if not schedule.waits and schedule.most <= self.too_few:
                     self._put_aside(slots, aside)
+        self.source.forget(before=None)
         assert last is not None
         return last
 
@@ -316,6 +318,7 @@ class _Decoding:
             queue, starts = schedule.queue(chunk, now=True), self.source.starts(chunk)
             slots = self.programs.enter(slots, starts, self.engine.rows, queue)
             schedule.enter(queue.count, self.column)
+            self.source.forget(before=schedule.oldest_chunk())
         return slots
 
     def _coming(self) -> tuple[Starts, Rows, Queue] | None:

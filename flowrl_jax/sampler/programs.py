@@ -326,6 +326,8 @@ class Programs:
             if coming is not None:
                 rows += jnp.minimum(shards(slots.free), coming[-1].count - taken)
             asked = jnp.any(rows <= refill) | (jnp.max(rows) <= shrink)
+            # The shelf is full. A row that stayed would keep its columns from being dropped.
+            asked |= jnp.any(slots.leaves)
             # The first step lets in who waits, and out who found no room, however few there are.
             room = (step < self.config.segment) & (slots.column < columns)
             return room & ((step == 0) | ~asked)

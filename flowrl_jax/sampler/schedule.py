@@ -15,7 +15,7 @@ from flowrl_jax.sampler.slots import Queue, Seen
 
 # A program with fewer slots, and the copying of caches, are worth it for so many more tokens.
 WORTH_SHRINKING = 64
-_FIRST_TAKERS = 16  # a shard is refilled when one slot in so many is free
+_FIRST_TAKERS = 16  # with no rows queued, a shard is refilled when one slot in so many is free
 
 
 class Waiting(NamedTuple):

@@ -48,7 +48,7 @@ class Row:
         index: `[S]` int32, the row among its shard's; -1 where there is none.
         first: `[S]` int32, the column of its response's first token, whether or not it is kept.
         token: `[S]` int32, the newest token, which is not in the cache yet.
-        length: `[S]` int32, tokens in the cache: the last so many columns.
+        length: `[S]` int32, tokens in the cache: so many columns before `first + drawn`.
         drawn: `[S]` int32, tokens of the response.
         search: `[S]` int32, how far a stop string has been read, see `StopTable`.
         fixed: their rows' keys and limits.

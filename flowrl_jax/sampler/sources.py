@@ -29,7 +29,7 @@ class Source(Protocol):
 
 
 class ReadPrompts:
-    """Prompts, read a chunk at a time, when the first of its rows enters.
+    """Prompts, read a chunk at a time, when its rows are the next to enter.
 
     Args:
         programs: that read.
