@@ -39,7 +39,7 @@ def get_config() -> ml_collections.ConfigDict:
         "start_from": "",  # run folder (of sft, say) whose latest policy to start from
         "dtype": "float32",  # of activations; bfloat16 on TPU and GPU; master weights are float32
         "remat": "full",  # compute a block again in the backward pass: none, dots, full
-        "decode_kernel": "auto",  # pallas on TPU, triton on NVIDIA GPUs, xla elsewhere
+        "decode_kernel": "auto",  # pallas on TPU, triton on NVIDIA GPUs, native on CPUs; else xla
         "attention": "xla",  # flash attention: splash on TPU, cudnn (bfloat16) on NVIDIA GPUs
         "vocab_size": 0,  # 0: the tokenizer's
         "num_layers": 4,  # blocks

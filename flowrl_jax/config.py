@@ -19,7 +19,7 @@ from flowrl_jax.errors import InputError, require
 from flowrl_jax.learner import TrainStepConfig
 from flowrl_jax.metric_sinks import MetricsConfig
 from flowrl_jax.models.architecture import LoraConfig
-from flowrl_jax.models.decode_triton import require_support
+from flowrl_jax.models.decode_support import require_support
 from flowrl_jax.objectives import OBJECTIVES, check_correction, objective_of
 from flowrl_jax.optimizer import OptimizerConfig
 from flowrl_jax.reference import ReferenceConfig
@@ -45,7 +45,7 @@ class ModelConfig:
         dtype: of activations, "float32" or "bfloat16"; master weights are float32 either way.
         remat: "none", "dots" or "full", see `TransformerConfig`.
         attention: "xla", "cudnn" or "splash", see `models.attention.attend`.
-        decode_kernel: "auto", "xla", "pallas" or "triton", see `TransformerConfig`.
+        decode_kernel: "auto", "xla", "pallas", "triton" or "native", see `TransformerConfig`.
         vocab_size: ids of the model; 0 means the tokenizer's.
         num_layers: blocks.
         embed_dim: width of the residual stream.
@@ -239,9 +239,9 @@ class Config:
             f"loss.overlong_buffer={buffer} must not exceed rollout.max_response_length={limit}:"
             " the punishment sets in that many tokens before it",
         )
-        if self.model.decode_kernel == "triton":
-            dtype = DTYPES[self.model.dtype]
-            require_support(dtype=dtype, kept=CACHE_DTYPES.get(self.rollout.cache, dtype))
+        dtype = DTYPES[self.model.dtype]
+        kept = CACHE_DTYPES.get(self.rollout.cache, dtype)
+        require_support(self.model.decode_kernel, dtype=dtype, kept=kept)
         check_correction(self.loss, self.rollout.correction)
         self._check_replay()
         self._check_reference()

@@ -32,6 +32,17 @@ def vocabulary_logits(
         `[..., V]` float32.
     """
     logits = jnp.einsum("...d,dv->...v", hidden, unembedding, preferred_element_type=jnp.float32)
+    return finish_logits(logits, softcap, num_tokens)
+
+
+def finish_logits(logits: jax.Array, softcap: float, num_tokens: int) -> jax.Array:
+    """What the products of hidden states with the unembedding become.
+
+    Args:
+        logits: `[..., V]` float32.
+        softcap: see `vocabulary_logits`.
+        num_tokens: see `vocabulary_logits`.
+    """
     if softcap:
         logits = softcap * jnp.tanh(logits / softcap)
     if 0 < num_tokens < logits.shape[-1]:

@@ -20,7 +20,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for names in (
         "types masking errors",
         "objectives",
-        "models sharding logprobs new_folder",
+        "models native sharding logprobs new_folder",
         "sampler learner train_step buckets optimizer learning_batch exact",
         "datasets tasks rewards sandbox tokenizers checkpoint integrity evaluation graded metrics"
         " metric_sinks progress reference replay report retention resampling alarm log_z_points",

@@ -15,7 +15,7 @@ from jax.experimental.topologies import get_topology_desc
 from configs import base
 from flowrl_jax.config import parse_config
 from flowrl_jax.errors import InputError
-from flowrl_jax.models import attention, decode_attention
+from flowrl_jax.models import attention, decode_attention, decode_native
 from flowrl_jax.models.cache import KVCache
 from flowrl_jax.models.decode import decode_params, decode_token, rotation_tables
 from flowrl_jax.models.decode_attention import (
@@ -162,8 +162,8 @@ def choose(wanted: str, **changes: Any) -> str:
 def trace_for(monkeypatch, platform: str, **also: str) -> None:
     """Makes models be traced for a device that is not there."""
     device = SimpleNamespace(platform=platform, device_kind="any", **also)
-    for module in (attention, decode_attention):
-        monkeypatch.setattr(module, "platform_device", lambda: device)
+    for module in (attention, decode_attention, decode_native):
+        monkeypatch.setattr(module, "platform_device", lambda *_: device)
 
 
 def test_platforms_have_their_kernels(monkeypatch):

@@ -17,6 +17,7 @@ from flowrl_jax.sampler.exchange import let_in, let_out
 from flowrl_jax.sampler.programs import Programs
 from flowrl_jax.sampler.slots import Queue, Row, Rows, Shelf, Slots, Starts
 from flowrl_jax.sharding import MeshConfig, make_layout, make_mesh
+from tests.native import NATIVE
 from tests.tiny import tiny_config, tiny_params
 
 HEADS, WIDTH = 2, 3
@@ -166,7 +167,7 @@ def lowered_segment(programs: Programs, slots: int, width: int, columns: int, *,
             return tree
         return jax.tree.map(lambda x, sharding: x.update(sharding=sharding), tree, shardings)
 
-    weights = jax.eval_shape(lambda: decode_params(tiny_params(shape), shape))
+    weights = jax.eval_shape(lambda: decode_params(tiny_params(shape), shape, within))
     if within is not None:
         weights = placed(weights, decode_shardings(shape, within))
     rows = Rows(jax.ShapeDtypeStruct((4 * slots, 2), jnp.uint32), array(4 * slots))
@@ -203,9 +204,11 @@ def lowered_segment(programs: Programs, slots: int, width: int, columns: int, *,
     return programs.segment.lower(*arguments), held, shelf
 
 
-def test_a_segment_holds_no_second_cache():
+@pytest.mark.parametrize("kernel", ["xla", pytest.param("native", marks=NATIVE)])
+def test_a_segment_holds_no_second_cache(kernel):
     """What comes in and goes out between tokens leaves the caches where they are."""
-    shape = tiny_config(num_layers=4, num_heads=4, num_kv_heads=4, head_dim=64)
+    sizes = {"num_layers": 4, "num_heads": 4, "num_kv_heads": 4, "head_dim": 64}
+    shape = tiny_config(**sizes, decode_kernel=kernel)
     config = SamplerConfig(max_response_length=512, eos_ids=(3,), group_size=1)
     programs = Programs(shape, config, None, None)
     lowered, slots, shelf = lowered_segment(programs, 32, 64, 640, aside=True)

@@ -13,6 +13,7 @@ from flowrl_jax.models.transformer import Transformer, init_params
 from flowrl_jax.sampler import SamplerConfig, StopTable, generate, programs, rollout_key
 from flowrl_jax.sampler.schedule import Schedule
 from flowrl_jax.sharding import Layout, MeshConfig, make_mesh, sampling_layout
+from tests.native import NATIVE
 from tests.tiny import (
     MESH_CONFIG,
     compilations,
@@ -24,7 +25,6 @@ from tests.tiny import (
 
 generate_module = importlib.import_module("flowrl_jax.sampler.generate")
 CONFIG = tiny_config(num_layers=1)  # how layers share a cache is transformer_test's business
-MODEL = Transformer(CONFIG)
 PROMPT, LENGTH, GROUP = 6, 10, 3
 KEY = rollout_key(0, 0)
 # The cached and the full forward sum in different orders.
@@ -47,13 +47,14 @@ def sample(
     finished=None,
     stops=None,
     layout=None,
+    kernel="auto",
     **changes,
 ):
     return generate(
         tiny_params(CONFIG) if params is None else params,
         prompts() if batch is None else batch,
         key,
-        model=MODEL,
+        model=Transformer(dataclasses.replace(CONFIG, decode_kernel=kernel)),
         config=dataclasses.replace(SETTINGS, **changes),
         max_lengths=max_lengths,
         finished=finished,
@@ -308,7 +309,14 @@ LIMITS = np.array([10, 3, 1, 7, 7, 10, 2, 5, 9, 10, 1, 4])
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "changes", [{"slots": 1, "first_columns": 3}, {"slots": 5}, {"slots": 4, "segment": 2}], ids=str
+    "changes",
+    [
+        {"slots": 1, "first_columns": 3, "kernel": "xla"},
+        {"slots": 5, "kernel": "xla"},
+        {"slots": 5},
+        {"slots": 4, "segment": 2},
+    ],
+    ids=str,
 )
 def test_rows_that_take_the_slots_of_others_are_the_same(changes):
     """One at a time, some at a time, with a look of the host at every second token."""
@@ -327,8 +335,8 @@ def test_rows_that_take_the_slots_of_others_are_the_same(changes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first_columns", [4, 64])
-def test_shards_that_drift_apart_are_the_same(first_columns):
+@pytest.mark.parametrize(("kernel", "first_columns"), [("xla", 4), ("xla", 64), ("auto", 64)])
+def test_shards_that_drift_apart_are_the_same(kernel, first_columns):
     """Three slots of two devices, whose rows are short here and long there, in one stage or more:
     chunks of prompts and shelves are full on one and not on the other."""
     batch = prompt_batch([3, 6, 1, 5, 2, 4, 6, 1], GROUP, PROMPT, CONFIG.vocab_size)
@@ -338,7 +346,7 @@ def test_shards_that_drift_apart_are_the_same(first_columns):
     together = sample(batch, **settings)
     assert len(set(np.asarray(together.response_mask).sum(1))) > 8
     layout = Layout(make_mesh(MeshConfig(data=2, fsdp=1), jax.devices()[:2]))
-    changes = {"slots": 6, "first_columns": first_columns, "layout": layout}
+    changes = {"slots": 6, "first_columns": first_columns, "layout": layout, "kernel": kernel}
     assert_same(together, sample(layout.put_batch(batch), **settings, **changes))
 
 
@@ -359,18 +367,25 @@ def test_a_row_that_finds_the_shelf_full_does_not_stay(monkeypatch):
 
     together = sample(batch, **settings)
     monkeypatch.setattr(Schedule, "follow", counted)
-    assert_same(together, sample(batch, slots=8, first_columns=96, **settings))
+    assert_same(together, sample(batch, slots=8, first_columns=96, kernel="xla", **settings))
 
 
 @pytest.mark.slow
-def test_slots_do_the_work_of_rows_that_go_on(count_draws):
+@pytest.mark.parametrize(
+    ("kernel", "idle"),
+    [
+        ("xla", 0),  # the long one is put aside and goes on when there are no others
+        pytest.param("native", 10, marks=NATIVE),  # it goes on beside three, then three and two
+    ],
+)
+def test_slots_do_the_work_of_rows_that_go_on(count_draws, kernel, idle):
     """Twelve rows, four at a time, one of them long: no step draws for rows that have ended."""
     limits = np.where(np.arange(12) == 2, 150, 10)
     settings = {"eos_ids": (), "max_response_length": 150, "max_lengths": limits}
-    rollout, draws = count_draws(slots=4, **settings)
+    rollout, draws = count_draws(slots=4, kernel=kernel, **settings)
     np.testing.assert_array_equal(rollout.response_mask.sum(1), limits)
     assert draws[0] == 4 and draws[-1] == 1  # slots: fewer when nobody waits
-    assert sum(draws) == 11 * 10 + 150
+    assert sum(draws) == 11 * 10 + 150 + idle
     assert_same(sample(**settings), rollout)
 
 
@@ -392,10 +407,11 @@ def test_log_probabilities_of_the_policy_itself(rollout):
     [
         ("pallas", {}),
         ("triton", {"head_dim": 16, "window": 5}),
+        pytest.param("native", {"window": 5, "attention_softcap": 3.0}, marks=NATIVE),
     ],
 )
 def test_a_kernel_draws_the_same(kernel, changes):
-    """Interpreted; the cache is one size for all lengths, a multiple of what the kernel reads."""
+    """Interpreted, if not a CPU's own; the cache is one size for all lengths."""
     config = dataclasses.replace(CONFIG, **changes)
     settings = dataclasses.replace(SETTINGS, slots=6)
     params = tiny_params(config)

@@ -23,6 +23,7 @@ from flowrl_jax.models.transformer import (
     rotary,
     rotary_table,
 )
+from tests.native import NATIVE
 from tests.tiny import full_logits, left_padded, tiny_config, tiny_params
 
 CONFIG = tiny_config()
@@ -200,10 +201,12 @@ def test_rotary_depends_on_the_distance():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prefill", [1, 4])
-def test_cached_decoding_is_the_full_forward(prefill):
+@pytest.mark.parametrize(
+    ("kernel", "prefill"), [("xla", 1), ("xla", 4), pytest.param("native", 4, marks=NATIVE)]
+)
+def test_cached_decoding_is_the_full_forward(kernel, prefill):
     """Rows of different padding, a prefill, then tokens one by one where another row was."""
-    config = tiny_config(qkv_bias=True, tie_embeddings=False)
+    config = tiny_config(qkv_bias=True, tie_embeddings=False, decode_kernel=kernel)
     params = tiny_params(config)
     tokens, mask = left_padded([4, 4, 2], 4, 17) if prefill == 4 else left_padded([1] * 3, 1, 17)
     more = np.random.default_rng(1).integers(0, 17, (3, 5)).astype(np.int32)
@@ -219,7 +222,7 @@ def test_cached_decoding_is_the_full_forward(prefill):
         kept = read_prompts(params, config, tokens, positions[:, :prefill], mask)
         # Two columns of another row before the prompt, and seven after it to be written.
         pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (2, 7), (0, 0)), constant_values=9.0)  # noqa: E731
-        caches = tuple(make_cache(*map(pad, one), jnp.float32, "xla") for one in kept)
+        caches = tuple(make_cache(*map(pad, one), jnp.float32, kernel) for one in kept)
         tables = rotation_tables(config, 9 + prefill)
         logits = []
         for i in range(5):

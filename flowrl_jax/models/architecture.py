@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flowrl_jax.models.decode_triton import require_support
+from flowrl_jax.models.decode_support import require_support
 from flowrl_jax.models.rotary import RopeScaling
 
 PROJECTED = "projected"  # what the products of activations with kernels are called
@@ -24,7 +24,7 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
 }
 ATTENTION_KERNELS = ("xla", "cudnn", "splash")
-DECODE_KERNELS = ("auto", "xla", "pallas", "triton")
+DECODE_KERNELS = ("auto", "xla", "pallas", "triton", "native")
 _MOST_LAYERS = 10_000
 
 ATTENTION_TARGETS = ("query", "key", "value", "out")
@@ -108,9 +108,10 @@ class TransformerConfig:
             with weights) or "full" (a whole block from its input).
         attention: "xla", "cudnn" or "splash", see `attention.attend`.
         decode_kernel: of decoding's attention: "pallas", for TPU, which reads no more of the cache
-            than a row has; "triton", for NVIDIA GPUs, which reads little more than that but cannot
-            do all (`decode_triton.refusal`); "xla", which reads all columns; or "auto", that of the
-            platform where it can and else the last.
+            than a row has; "triton", for NVIDIA GPUs, which reads little more than that; "native",
+            for CPUs, which reads no more and multiplies with weights in panels as well; "xla",
+            which reads all columns; or "auto", that of the platform where it can
+            (`decode_support.refusal`) and else the last.
         vocab_multiple: the embedding gets rows of zeros up to a multiple of this, so that it can
             be cut over devices.
         num_tokens: ids that the tokenizer knows; 0 means `vocab_size`. The others are never drawn
@@ -187,9 +188,8 @@ class TransformerConfig:
                 f"model.attention='cudnn' cannot soft-cap scores (at {self.attention_softcap:g},"
                 " as this model does): use 'xla'"
             )
-        if self.decode_kernel == "triton":
-            shape = {"head_dim": self.head_dim, "softcap": self.attention_softcap}
-            require_support(**shape, dtype=self.dtype)
+        shape = {"head_dim": self.head_dim, "softcap": self.attention_softcap}
+        require_support(self.decode_kernel, **shape, dtype=self.dtype)
         if len(self.windowed_layers) not in (0, self.num_layers):
             raise ValueError(
                 f"model.windowed_layers speaks of {len(self.windowed_layers)} layers: give one"

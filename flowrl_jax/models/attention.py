@@ -307,9 +307,9 @@ def _splash_kernel(
     )
 
 
-def platform_device() -> Any:
-    """A device of those that are traced for."""
-    layout = active_layout()
+def platform_device(layout: Layout | None = None) -> Any:
+    """A device of a layout, by default of those that are traced for."""
+    layout = layout or active_layout()
     return jax.devices()[0] if layout is None else layout.mesh.devices.flat[0]
 
 

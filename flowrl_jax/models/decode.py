@@ -6,16 +6,19 @@ of the stacked weights are taken once, together with the cast to the compute dty
 wants anyway.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flowrl_jax.logprobs import vocabulary_logits
+from flowrl_jax.logprobs import finish_logits, vocabulary_logits
+from flowrl_jax.models.architecture import ATTENTION_TARGETS, MLP_TARGETS
 from flowrl_jax.models.attention import Columns
 from flowrl_jax.models.cache import KVCache
 from flowrl_jax.models.decode_attention import Held
+from flowrl_jax.models.decode_native import in_panels, native_products, panels_name, takes_panels
 from flowrl_jax.models.lora import init_lora, with_adapters
 from flowrl_jax.models.rotary import Rotation
 from flowrl_jax.models.transformer import (
@@ -29,9 +32,13 @@ from flowrl_jax.models.transformer import (
 )
 from flowrl_jax.sharding import Layout
 
+_EMBEDDING, _UNEMBEDDING = "tokens", "output"  # keys; the second only where it is not the first
+
 
 def decode_params(params: Any, config: TransformerConfig, layout: Layout | None = None) -> Any:
     """Weights as decoding wants them: in the compute dtype, `layers` a tuple of one tree each.
+
+    Where a CPU's kernels are to multiply with them, they are in panels.
 
     Args:
         params: the policy, as `Transformer` holds it.
@@ -44,10 +51,49 @@ def decode_params(params: Any, config: TransformerConfig, layout: Layout | None 
         for i in range(config.num_layers)
     ]
     params = {**params, "layers": tuple(layers)}
+    if takes_panels(config.decode_kernel, config.dtype, layout):
+        params = _with_panels(params, _panels)
     if layout is None:
         return params
     # Layer by layer: a stack of all of them may have to be gathered whole to be cut another way.
     return jax.lax.with_sharding_constraint(params, decode_shardings(config, layout))
+
+
+def _panels(name: str, weight: jax.Array) -> jax.Array:
+    """Of a kernel, or of what multiplies final hidden states.
+
+    Args:
+        name: its key.
+        weight: as it is stored: the embedding with a row of each token.
+    """
+    if name == _EMBEDDING:
+        return in_panels(weight.T)
+    shape = (-1, weight.shape[-1]) if name == "out" else (weight.shape[0], -1)
+    return in_panels(weight.reshape(shape))
+
+
+def _with_panels(params: Any, panels: Callable[[str, Any], Any]) -> Any:
+    """Weights with panels in place of what is only multiplied with, and beside the embedding.
+
+    Args:
+        params: `layers` a tuple of one tree each; of anything.
+        panels: of a weight's key and what is there.
+    """
+
+    def module(weights, names):
+        rest = {name: value for name, value in weights.items() if name not in names}
+        return rest | {panels_name(name): panels(name, weights[name]) for name in names}
+
+    kernels = {"attention": ATTENTION_TARGETS, "mlp": MLP_TARGETS}
+    layers = tuple(
+        layer | {part: module(layer[part], names) for part, names in kernels.items()}
+        for layer in params["layers"]
+    )
+    embedding = dict(params["embedding"])
+    name = _UNEMBEDDING if _UNEMBEDDING in embedding else _EMBEDDING
+    unembedding = {panels_name(_UNEMBEDDING): panels(name, embedding[name])}
+    embedding.pop(_UNEMBEDDING, None)
+    return {**params, "embedding": embedding | unembedding, "layers": layers}
 
 
 def decode_shardings(config: TransformerConfig, layout: Layout) -> Any:
@@ -68,7 +114,10 @@ def decode_shardings(config: TransformerConfig, layout: Layout) -> Any:
 
     shardings = layout.tree_shardings(jax.eval_shape(boxed))
     layer = jax.tree.map(one_layer, shardings["layers"])
-    return {**shardings, "layers": (layer,) * config.num_layers}
+    shardings = {**shardings, "layers": (layer,) * config.num_layers}
+    if takes_panels(config.decode_kernel, config.dtype, layout):
+        return _with_panels(shardings, lambda *_: layout.replicated)
+    return shardings
 
 
 def read_prompts(
@@ -145,6 +194,14 @@ def decode_token(
         x, cache = Block(config).apply({"params": layer}, x, view, windowed, cache)
         written.append(cache)
     hidden: Any = RMSNorm(config).apply({"params": params["final_norm"]}, x)
-    weight: Any = Embedding(config).apply({"params": params["embedding"]}, method="unembedding")
-    logits = vocabulary_logits(hidden[:, 0], weight, config.logit_softcap, config.drawable)
-    return logits, tuple(written)
+    return _logits(params["embedding"], config, hidden[:, 0]), tuple(written)
+
+
+def _logits(embedding: Any, config: TransformerConfig, hidden: jax.Array) -> jax.Array:
+    """Logits `[S, V]` of normalised hidden states `[S, D]`."""
+    panels = embedding.get(panels_name(_UNEMBEDDING))
+    if panels is None:
+        weight: Any = Embedding(config).apply({"params": embedding}, method="unembedding")
+        return vocabulary_logits(hidden, weight, config.logit_softcap, config.drawable)
+    (logits,) = native_products(hidden, (panels,), (config.vocab_rows,))
+    return finish_logits(logits, config.logit_softcap, config.drawable)

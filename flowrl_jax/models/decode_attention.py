@@ -15,11 +15,14 @@ from flowrl_jax.models.architecture import TransformerConfig
 from flowrl_jax.models.attention import MASKED, capped, platform_device
 from flowrl_jax.models.cache import KVCache, quantize
 from flowrl_jax.models.decode_kernel import decode_attention
-from flowrl_jax.models.decode_triton import refusal, require_support, triton_attention
+from flowrl_jax.models.decode_native import native_attention
+from flowrl_jax.models.decode_support import refusal, require_support
+from flowrl_jax.models.decode_triton import triton_attention
+from flowrl_jax.native import library
 
 _WITHOUT_KERNEL = ("TPU v2", "TPU v3")  # their compiler refuses its bfloat16 products
 _TRITON_FROM = 8.0  # compute capability; Ampere's
-_MADE_FOR = {"pallas": "tpu", "triton": "gpu"}
+_MADE_FOR = {"pallas": "tpu", "triton": "gpu", "native": "cpu"}
 
 
 class Held(NamedTuple):
@@ -43,7 +46,7 @@ def decode_kernel(config: TransformerConfig, kept: Any) -> str:
         kept: dtype of keys and values.
 
     Returns:
-        "xla", "pallas" or "triton".
+        "xla", "pallas", "triton" or "native".
 
     Raises:
         InputError: the kernel that is wanted by name is for other devices, or cannot do this.
@@ -51,18 +54,27 @@ def decode_kernel(config: TransformerConfig, kept: Any) -> str:
     wanted, device = config.decode_kernel, platform_device()
     case = {"head_dim": config.head_dim, "softcap": config.attention_softcap}
     case |= {"dtype": config.dtype, "kept": kept}
-    if wanted == "triton":
-        require_support(**case)
+    require_support(wanted, **case)
     if device.platform not in ("cpu", _MADE_FOR.get(wanted, device.platform)):
         raise InputError(
             f"model.decode_kernel={wanted!r} is a kernel for {_MADE_FOR[wanted].upper()}s, and this"
             f" is a {device.platform.upper()}: use 'auto'"
         )
+    if wanted == "native" and library.missing():
+        raise InputError(f"model.decode_kernel='native': {library.missing()}; or use 'auto'")
     if wanted != "auto":
         return wanted
+    best = _best(device)
+    return "xla" if refusal(best, **case) else best
+
+
+def _best(device: Any) -> str:
+    """The kernel for a device, where it can do what is wanted."""
     if device.platform == "tpu" and device.device_kind not in _WITHOUT_KERNEL:
         return "pallas"
-    return "triton" if _compiles_triton(device) and not refusal(**case) else "xla"
+    if device.platform == "cpu" and not library.missing():
+        return "native"
+    return "triton" if _compiles_triton(device) else "xla"
 
 
 def _compiles_triton(device: Any) -> bool:
@@ -147,8 +159,8 @@ def attend_cached(
         scale: multiplies the scores.
         window: columns that a token looks back to, its own included; 0 means all.
         softcap: scores s become `softcap * tanh(s / softcap)`; 0 leaves them.
-        kernel: from `decode_kernel`. "pallas", for TPU, and "triton", for NVIDIA GPUs, read what
-            each slot may attend to and little more; "xla" all columns.
+        kernel: from `decode_kernel`. "pallas", for TPU, "triton", for NVIDIA GPUs, and "native",
+            for CPUs, read what each slot may attend to and little more; "xla" all columns.
 
     Returns:
         `[S, N, 1, H]` in the dtype of `query`.
@@ -157,9 +169,10 @@ def attend_cached(
         return triton_attention(query[:, :, 0], cache, *held, scale=scale, window=window)[
             :, :, None
         ]
-    if kernel == "pallas":
+    if kernel in ("pallas", "native"):
+        attention = native_attention if kernel == "native" else decode_attention
         options = {"scale": scale, "window": window, "softcap": softcap}
-        return decode_attention(query[:, :, 0], cache, *held, **options)[:, :, None]
+        return attention(query[:, :, 0], cache, *held, **options)[:, :, None]
     slots, heads, _, head_dim = query.shape
     kv_heads, columns = cache.value.shape[1:3]
     grouped = query.reshape(slots, kv_heads, heads // kv_heads, head_dim)

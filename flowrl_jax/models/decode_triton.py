@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.gpu.decode_attention import decode_attn_unbatched
 
-from flowrl_jax.errors import InputError
 from flowrl_jax.models.attention import interpreted
 from flowrl_jax.models.cache import KVCache
 from flowrl_jax.models.decode_layout import on_devices, padded
@@ -53,20 +52,6 @@ def refusal(
             f"reads keys and values in model.dtype={dtype.name}, not in {kept.name} (rollout.cache)"
         )
     return ""
-
-
-def require_support(**case: Any) -> None:
-    """Refuses to take the kernel for what it cannot do.
-
-    Args:
-        case: as in `refusal`.
-
-    Raises:
-        InputError: with the reason and the remedy.
-    """
-    reason = refusal(**case)
-    if reason:
-        raise InputError(f"model.decode_kernel='triton' {reason}: use 'auto' or 'xla'")
 
 
 def triton_attention(

@@ -6,6 +6,7 @@ hidden state; `decode.py` runs the same blocks over it.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,6 +20,7 @@ from flowrl_jax.models.architecture import ACTIVATIONS, REMAT_POLICIES, Transfor
 from flowrl_jax.models.attention import Columns, attend
 from flowrl_jax.models.cache import KVCache
 from flowrl_jax.models.decode_attention import Held, attend_cached, decode_kernel, write
+from flowrl_jax.models.decode_native import native_products, panels_name
 from flowrl_jax.models.lora import lora_term
 from flowrl_jax.models.projection import project
 from flowrl_jax.models.rotary import Rotation, rotary, rotary_table
@@ -86,10 +88,15 @@ def _project(
     module: nn.Module, rows: jax.Array, kernels: dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
 ) -> list[jax.Array]:
     """Rows `[R, D]` times kernels of a module, given by shape and names of axes: `[R, F]` each."""
-    axes = tuple(axes for _, axes in kernels.values())
-    init = _kernel_init(module.config)
-    values = tuple(_param(module, name, init, *kernel) for name, kernel in kernels.items())
-    outs = project(rows, values, axes)
+    shapes, axes = zip(*kernels.values(), strict=True)
+    panels: Any = tuple(module.get_variable("params", panels_name(name)) for name in kernels)
+    if panels[0] is not None:  # only decoding has them
+        widths = tuple(math.prod(shape) // rows.shape[-1] for shape in shapes)
+        outs = native_products(rows, panels, widths)
+    else:
+        init = _kernel_init(module.config)
+        values = tuple(_param(module, name, init, *kernel) for name, kernel in kernels.items())
+        outs = project(rows, values, axes)
     return [out + lora_term(module, name, rows) for name, out in zip(kernels, outs, strict=True)]
 
 
@@ -260,7 +267,8 @@ class Embedding(nn.Module):
         init = _kernel_init(config)
         shape = (config.vocab_rows, config.embed_dim)
         self.tokens = _param(self, "tokens", init, shape, ("vocab", "embed"))
-        if not config.tie_embeddings:
+        in_panels = self.has_variable("params", panels_name("output"))  # as decoding has it
+        if not config.tie_embeddings and not in_panels:
             self.output = _param(self, "output", init, shape[::-1], ("embed", "vocab"))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:

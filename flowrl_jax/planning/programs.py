@@ -343,7 +343,7 @@ class _Sampler:
         """
         programs, config = self._programs, self._learner.model.config
         weights = jax.eval_shape(
-            lambda params: decode_params(params, config), policy_shapes(self._learner)
+            lambda params: decode_params(params, config, self._within), policy_shapes(self._learner)
         )
         weights = _placed(weights, decode_shardings(config, self._within))
         _, (params, prompts, pick) = self.prefill()

@@ -46,7 +46,7 @@ from flowrl_jax.sampler.stops import StopTable, advance
 from flowrl_jax.sharding import Layout, constrain
 from flowrl_jax.types import PromptBatch, Rollout
 
-_MULTIPLES = {"pallas": CHUNK, "triton": SPLIT}  # of columns, that a kernel reads
+_MULTIPLES = {"pallas": CHUNK, "triton": SPLIT, "native": 1}  # of columns, that a kernel reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +102,13 @@ class Programs:
             waiting: whether rows come in later than others.
         """
         limit, first = self.config.max_response_length, self.config.first_columns
-        if self.kernel in _MULTIPLES:  # It reads what rows have, and wants one size.
-            return one_stage(width, limit, waiting=waiting, multiple=_MULTIPLES[self.kernel])
-        return short_before_long(width, first, limit) if waiting else growing(width, first, limit)
+        if self.kernel == "xla":
+            stages = short_before_long if waiting else growing
+            return stages(width, first, limit)
+        # The others read what rows have and no more, and chips want one size.
+        if self.kernel == "native" and not waiting:
+            return growing(width, first, limit)
+        return one_stage(width, limit, waiting=waiting, multiple=_MULTIPLES[self.kernel])
 
     def shardings(self, kind: type) -> Any:
         """Of `Starts`, `Rows`, `Slots`, `Queue` or `Shelf`; None without a layout.

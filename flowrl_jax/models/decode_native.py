@@ -1,0 +1,152 @@
+"""Decoding on CPUs with kernels of our own (`native/kernels.cc`): attention, products by panels.
+
+A panel is some columns of a weight, so few that a row of them fits in two registers, one row after
+the other. XLA's CPU backend makes such panels of a weight at every product; here decoding is given
+panels in place of weights.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from flowrl_jax.models.attention import platform_device
+from flowrl_jax.models.cache import KVCache
+from flowrl_jax.models.decode_layout import on_devices
+from flowrl_jax.native import library
+from flowrl_jax.sharding import Layout, active_layout
+
+_CUT = ("embed", "heads", "kv_heads", "head_dim", "mlp", "vocab")  # axes of weights
+
+
+def refusal(*, dtype: Any = jnp.float32, kept: Any = None, **_: Any) -> str:
+    """Why the kernels cannot decode a model; empty where they can, if the machine compiles them.
+
+    Args:
+        dtype: the compute dtype.
+        kept: dtype that keys and values are kept in; the compute dtype by default.
+        _: what else there is to a model, which they can do.
+    """
+    for what, one in (("model.dtype", dtype), ("rollout.cache", kept)):
+        if one is not None and jnp.dtype(one) != jnp.float32:
+            return f"decodes in float32 alone, not with {what}={jnp.dtype(one).name}"
+    return ""
+
+
+def native_attention(
+    query: jax.Array,
+    cache: KVCache,
+    column: jax.Array | int,
+    length: jax.Array,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> jax.Array:
+    """Grouped-query attention of one token per slot, on every device for its own slots and heads.
+
+    Reads the columns that a slot may attend to and no others.
+
+    Args:
+        query: `[S, N, H]` float32; N query heads, a multiple of K.
+        cache: of one layer, `[S, K, C, H]` float32 both.
+        column: scalar int32, the newest column, of all slots.
+        length: `[S]` int32, columns that a slot may attend to: `(column - length, column]`. 0 is
+            an idle slot.
+        scale: multiplies the scores.
+        window: columns that a token looks back to, its own included; 0 means all.
+        softcap: scores s become `softcap * tanh(s / softcap)`; 0 leaves them.
+
+    Returns:
+        `[S, N, H]` float32; zeros in idle slots.
+    """
+
+    def run(query, cache, column, length, first_head=0, group=0):
+        library.panel_columns()
+        return jax.ffi.ffi_call(library.ATTENTION, jax.ShapeDtypeStruct(query.shape, query.dtype))(
+            query,
+            cache.key,
+            cache.value,
+            jnp.asarray(column, jnp.int32),
+            length,
+            jnp.asarray(first_head, jnp.int32),
+            group=np.int64(group or query.shape[1] // cache.key.shape[1]),
+            window=np.int64(window),
+            scale=np.float32(scale),
+            softcap=np.float32(softcap),
+        )
+
+    return on_devices(run, query, cache, column, length)
+
+
+def in_panels(weight: jax.Array) -> jax.Array:
+    """A weight as `native_products` wants it.
+
+    Args:
+        weight: `[D, F]` float32.
+
+    Returns:
+        `[P, D, c]` of P panels of c columns, the last of them filled up with zeros.
+    """
+    depth, width = weight.shape
+    columns = library.panel_columns()
+    panels = -(-width // columns)
+    weight = jnp.pad(weight, ((0, 0), (0, panels * columns - width)))
+    return jnp.swapaxes(weight.reshape(depth, panels, columns), 0, 1)
+
+
+def native_products(
+    rows: jax.Array, panels: tuple[jax.Array, ...], widths: tuple[int, ...]
+) -> tuple[jax.Array, ...]:
+    """The same rows times each of some weights, on every device for its own rows.
+
+    Args:
+        rows: `[R, D]` float32.
+        panels: of each weight, from `in_panels`.
+        widths: F of each.
+
+    Returns:
+        `[R, F]` for each.
+    """
+
+    def run(rows, *panels):
+        outs = [jax.ShapeDtypeStruct((rows.shape[0], width), rows.dtype) for width in widths]
+        return tuple(jax.ffi.ffi_call(library.PRODUCTS, outs)(rows, *panels))
+
+    layout = active_layout()
+    if layout is None or layout.mesh.size == 1:
+        return run(rows, *panels)
+    cut = layout.sharding("batch", None).spec
+    whole = (PartitionSpec(),) * len(panels)
+    return jax.shard_map(
+        run,
+        mesh=layout.mesh,
+        in_specs=(cut, *whole),
+        out_specs=(cut,) * len(panels),
+        check_vma=False,
+    )(rows, *panels)
+
+
+def takes_panels(wanted: str, dtype: Any, layout: Layout | None) -> bool:
+    """Whether decoding multiplies with panels.
+
+    Args:
+        wanted: `decode_kernel` of the model.
+        dtype: the compute dtype.
+        layout: of sampling; one that cuts weights leaves the products to XLA.
+    """
+    device = platform_device(layout)
+    whole = layout is None or all(layout.shards(axis) == 1 for axis in _CUT)
+    wanted_here = wanted in ("auto", "native") and device.platform == "cpu"
+    return wanted_here and whole and not refusal(dtype=dtype) and not library.missing()
+
+
+def panels_name(weight: str) -> str:
+    """Key of a weight's panels in a tree of weights, where they stand in its place.
+
+    Args:
+        weight: its own key.
+    """
+    return f"{weight}_panels"

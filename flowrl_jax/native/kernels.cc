@@ -1,0 +1,410 @@
+// Decoding on CPUs, in float32: the products of few rows with kernels, and attention of one token.
+//
+// XLA's CPU backend packs a kernel anew at each product, which for few rows is most of its time, and
+// attends on one core. Here kernels come in panels, which are packed once for many tokens, and work
+// is cut into tasks that XLA's own threads take one by one. What a row gives does not depend on the
+// other rows, on threads or on where in the cache its columns lie: every sum has one order.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+using Floats = ffi::Buffer<ffi::F32>;
+using Ints = ffi::Buffer<ffi::S32>;
+
+// A vector register, and how many rows by two of them are summed in registers.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kRows = 12;
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kRows = 6;
+#else
+constexpr int kLanes = 4, kRows = 12;
+#endif
+constexpr int kPanel = 2 * kLanes;
+constexpr int kAhead = 16;  // lines of a panel, or columns, that memory is asked for in advance
+constexpr int kTasks = 4;   // of a thread, so that one that is late leaves less to wait for
+
+template <int N>
+struct Vectors {
+  typedef float Vector __attribute__((vector_size(N * sizeof(float))));
+  typedef float Anywhere __attribute__((vector_size(N * sizeof(float)), aligned(sizeof(float))));
+};
+template <>
+struct Vectors<1> {
+  typedef float Vector;
+  typedef float Anywhere;
+};
+template <int N>
+using Vector = typename Vectors<N>::Vector;
+
+template <int N>
+inline Vector<N> load(const float* from) {
+  return *reinterpret_cast<const typename Vectors<N>::Anywhere*>(from);
+}
+
+template <int N>
+inline void store(float* to, Vector<N> values) {
+  *reinterpret_cast<typename Vectors<N>::Anywhere*>(to) = values;
+}
+
+// Tasks of one call. A thread that comes when all are taken looks at no more than the counters.
+template <class Run>
+struct Tasks {
+  Run run;
+  int64_t count;
+  std::atomic<int64_t> next{0}, done{0};
+
+  Tasks(Run run, int64_t count) : run(run), count(count) {}
+
+  void work() {
+    for (int64_t task; (task = next.fetch_add(1)) < count;) {
+      run(task);
+      done.fetch_add(1, std::memory_order_release);
+    }
+  }
+};
+
+// Runs tasks here and on the threads that are free; waits for those that another has begun.
+template <class Run>
+void run_tasks(ffi::ThreadPool& threads, int64_t count, Run run) {
+  const int64_t helpers = std::min<int64_t>(threads.num_threads(), count) - 1;
+  if (helpers < 1) {
+    for (int64_t task = 0; task < count; ++task) run(task);
+    return;
+  }
+  auto tasks = std::make_shared<Tasks<Run>>(run, count);
+  for (int64_t i = 0; i < helpers; ++i) threads.Schedule([tasks] { tasks->work(); });
+  tasks->work();
+  for (int spins = 0; tasks->done.load(std::memory_order_acquire) < count; ++spins) {
+    if (spins > 1000) std::this_thread::yield();
+  }
+}
+
+// Room that a thread keeps from task to task.
+float* scratch(int64_t floats) {
+  thread_local std::vector<float> room;
+  if (static_cast<int64_t>(room.size()) < floats) room.resize(floats);
+  return room.data();
+}
+
+// ---- Products ----
+
+// R rows of `width` floats times a panel.
+template <int R>
+void multiply(const float* rows, int64_t width, const float* panel, float* out, int64_t out_width,
+              int64_t columns) {
+  Vector<kLanes> left[R] = {}, right[R] = {};
+  for (int64_t k = 0; k < width; ++k) {
+    const float* line = panel + k * kPanel;
+    __builtin_prefetch(line + kAhead * kPanel);
+    __builtin_prefetch(line + kAhead * kPanel + kLanes);
+    const auto first = load<kLanes>(line), second = load<kLanes>(line + kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const float factor = rows[r * width + k];
+      left[r] += first * factor;
+      right[r] += second * factor;
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    float whole[kPanel];
+    store<kLanes>(whole, left[r]);
+    store<kLanes>(whole + kLanes, right[r]);
+    std::memcpy(out + r * out_width, whole, columns * sizeof(float));
+  }
+}
+
+template <int R = kRows>
+void multiply_some(int64_t count, const float* rows, int64_t width, const float* panel, float* out,
+                   int64_t out_width, int64_t columns) {
+  if constexpr (R > 0) {
+    if (count == R) return multiply<R>(rows, width, panel, out, out_width, columns);
+    multiply_some<R - 1>(count, rows, width, panel, out, out_width, columns);
+  }
+}
+
+struct Kernel {
+  const float* panels;  // [P, D, kPanel]
+  float* out;           // [R, F]
+  int64_t width;        // F
+  int64_t first;        // panel, counted over all kernels
+};
+
+// Rows [R, D] times each of some kernels, which come in panels [P, D, kPanel]: [R, F] each.
+ffi::Error products(ffi::ThreadPool threads, Floats rows, ffi::RemainingArgs kernels,
+                    ffi::RemainingRets outs) {
+  const int64_t count = rows.dimensions()[0], width = rows.dimensions()[1];
+  const float* from = rows.typed_data();
+  std::vector<Kernel> all;
+  int64_t panels = 0;
+  for (size_t i = 0; i < kernels.size(); ++i) {
+    auto kernel = kernels.get<Floats>(i);
+    auto out = outs.get<Floats>(i);
+    if (!kernel || !out) return ffi::Error::InvalidArgument("products: arrays of float32, please");
+    all.push_back({kernel->typed_data(), (*out)->typed_data(), (*out)->dimensions()[1], panels});
+    panels += kernel->dimensions()[0];
+  }
+  const int64_t share = std::max<int64_t>(1, panels / (kTasks * threads.num_threads()));
+  run_tasks(threads, (panels + share - 1) / share, [=, &all](int64_t task) {
+    const int64_t end = std::min(panels, (task + 1) * share);
+    for (int64_t panel = task * share; panel < end; ++panel) {
+      auto kernel = all.rbegin();
+      while (kernel->first > panel) ++kernel;
+      const int64_t column = (panel - kernel->first) * kPanel;
+      const float* numbers = kernel->panels + column * width;
+      const int64_t columns = std::min<int64_t>(kPanel, kernel->width - column);
+      // Blocks of rows as equal as can be: a last one of few would cost as much as a full one.
+      const int64_t blocks = (count + kRows - 1) / kRows;
+      for (int64_t block = 0, row = 0; block < blocks; ++block) {
+        const int64_t some = (count - row + blocks - block - 1) / (blocks - block);
+        multiply_some(some, from + row * width, width, numbers,
+                      kernel->out + row * kernel->width + column, kernel->width, columns);
+        row += some;
+      }
+    }
+  });
+  return ffi::Error::Success();
+}
+
+// ---- Attention ----
+
+// Of two vectors: sums of neighbours, those of the first before those of the second.
+template <int N, int... I>
+inline Vector<N> fold(Vector<N> a, Vector<N> b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
+}
+
+// Of N vectors: the sum of each.
+template <int N>
+inline Vector<N> sums(Vector<N>* of) {
+  if constexpr (N > 1) {
+    for (int left = N; left > 1; left /= 2) {
+      for (int i = 0; i < left / 2; ++i) {
+        of[i] = fold<N>(of[2 * i], of[2 * i + 1], std::make_integer_sequence<int, N>());
+      }
+    }
+  }
+  return of[0];
+}
+
+// Products of queries [heads, head_dim] with the keys of some columns; N divides head_dim. What follows
+// a query's last score up to a multiple of N is overwritten. `next` is what will be read after them.
+template <int N>
+void score(const float* queries, int64_t heads, const float* keys, int64_t columns, int64_t head_dim,
+           float* scores, int64_t stride, const float* next) {
+  for (int64_t column = 0; column < columns; column += N) {
+    const float* key[N];
+    for (int i = 0; i < N; ++i) key[i] = keys + std::min(column + i, columns - 1) * head_dim;
+    const float* ahead = column + N < columns ? keys + (column + N) * head_dim : next;
+    for (int64_t head = 0; head < heads; ++head) {  // The keys are near by for all but the first.
+      Vector<N> partial[N] = {};
+      for (int64_t h = 0; h < head_dim; h += N) {
+        const auto part = load<N>(queries + head * head_dim + h);
+        if (head == 0) {
+          for (int i = 0; i < N; ++i) __builtin_prefetch(ahead + i * head_dim + h);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < N; ++i) partial[i] += part * load<N>(key[i] + h);
+      }
+      store<N>(scores + head * stride + column, sums<N>(partial));
+    }
+  }
+}
+
+// e to the power of numbers up to 0, to about the last bit; 1.6e-38 below -87.
+inline Vector<kLanes> exponential(Vector<kLanes> x) {
+  typedef int32_t Bits __attribute__((vector_size(kLanes * sizeof(int32_t))));
+  const Vector<kLanes> least = Vector<kLanes>{} - 87.0f;
+  x = x < least ? least : x;
+  const float rounding = 12582912.0f;  // 1.5 * 2^23: a sum with it is a whole number
+  const auto power = (x * 1.44269504f + rounding) - rounding;
+  // The logarithm of 2 in two parts, of which the first has so few bits that its multiples are exact.
+  const auto rest = (x - power * 0.693359375f) + power * 2.12194440e-4f;
+  // Cephes' polynomial of what is left, at most half of that logarithm.
+  auto sum = Vector<kLanes>{} + 1.9875691500e-4f;
+  sum = sum * rest + 1.3981999507e-3f;
+  sum = sum * rest + 8.3334519073e-3f;
+  sum = sum * rest + 4.1665795894e-2f;
+  sum = sum * rest + 1.6666665459e-1f;
+  sum = sum * rest + 5.0000001201e-1f;
+  sum = sum * (rest * rest) + rest + 1.0f;
+  return sum * reinterpret_cast<Vector<kLanes>>((__builtin_convertvector(power, Bits) + 127) << 23);
+}
+
+// Turns scores into weights, the largest of them 1, and returns their sum. There is room up to a
+// multiple of kLanes.
+float weigh(float* scores, int64_t columns) {
+  const int64_t room = (columns + kLanes - 1) / kLanes * kLanes;
+  std::fill(scores + columns, scores + room, -std::numeric_limits<float>::infinity());
+  auto most = load<kLanes>(scores);
+  for (int64_t i = kLanes; i < room; i += kLanes) {
+    const auto next = load<kLanes>(scores + i);
+    most = next > most ? next : most;
+  }
+  float largest = most[0];
+  for (int i = 1; i < kLanes; ++i) largest = std::max(largest, most[i]);
+  Vector<kLanes> total = {};
+  for (int64_t i = 0; i < room; i += kLanes) {
+    const auto weight = exponential(load<kLanes>(scores + i) - largest);
+    store<kLanes>(scores + i, weight);
+    total += weight;  // A column that is none adds 1e-38 to a sum of 1 or more: nothing.
+  }
+  Vector<kLanes> lanes[kLanes] = {total};
+  return sums<kLanes>(lanes)[0];
+}
+
+// Weighted means of values, V vectors of N floats of each, for G queries. `next` is what will be read
+// after them.
+template <int N, int G, int V>
+void mix(const float* weights, int64_t stride, const float* totals, const float* values,
+         int64_t columns, int64_t head_dim, float* out, const float* next) {
+  Vector<N> sum[G][V] = {};
+  for (int64_t column = 0; column < columns; ++column) {
+    Vector<N> value[V];
+    const int64_t later = column + kAhead - columns;
+    const float* ahead = later < 0 ? values + (column + kAhead) * head_dim : next + later * head_dim;
+    for (int i = 0; i < V; ++i) __builtin_prefetch(ahead + i * N);
+    for (int i = 0; i < V; ++i) value[i] = load<N>(values + column * head_dim + i * N);
+#pragma GCC unroll 8
+    for (int g = 0; g < G; ++g) {
+      const float weight = weights[g * stride + column];
+#pragma GCC unroll 4
+      for (int i = 0; i < V; ++i) sum[g][i] += value[i] * weight;
+    }
+  }
+  for (int g = 0; g < G; ++g) {
+    for (int i = 0; i < V; ++i) store<N>(out + g * head_dim + i * N, sum[g][i] / totals[g]);
+  }
+}
+
+template <int N, int G>
+void mix_head(const float* weights, int64_t stride, const float* totals, const float* values,
+              int64_t columns, int64_t head_dim, float* out, const float* next) {
+  constexpr int kWide = G > 4 ? 2 : 4;  // as many sums as there are registers for
+  int64_t h = 0;
+  for (; h + kWide * N <= head_dim; h += kWide * N) {
+    mix<N, G, kWide>(weights, stride, totals, values + h, columns, head_dim, out + h, next + h);
+  }
+  for (; h < head_dim; h += N) {
+    mix<N, G, 1>(weights, stride, totals, values + h, columns, head_dim, out + h, next + h);
+  }
+}
+
+struct Scores {
+  float scale, softcap;
+};
+
+// Attention of some queries [heads, head_dim] over the keys and values [columns, head_dim] of the one
+// head that they share. `next` are the keys that will be read after these.
+template <int N>
+void attend_head(const float* queries, int64_t heads, const float* keys, const float* values,
+                 int64_t columns, int64_t head_dim, Scores how, float* out, const float* next) {
+  const int64_t stride = (columns + kLanes - 1) / kLanes * kLanes;
+  float* weights = scratch(heads * (stride + 1));
+  float* totals = weights + heads * stride;
+  score<N>(queries, heads, keys, columns, head_dim, weights, stride, values);
+  for (int64_t head = 0; head < heads; ++head) {
+    float* scores = weights + head * stride;
+    for (int64_t i = 0; i < columns; ++i) scores[i] *= how.scale;
+    if (how.softcap > 0) {
+      for (int64_t i = 0; i < columns; ++i) {
+        scores[i] = how.softcap * std::tanh(scores[i] / how.softcap);
+      }
+    }
+    totals[head] = weigh(scores, columns);
+  }
+  for (int64_t head = 0; head < heads;) {
+    const int64_t left = heads - head, some = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+    const auto mixed = some == 8   ? mix_head<N, 8>
+                       : some == 4 ? mix_head<N, 4>
+                       : some == 2 ? mix_head<N, 2>
+                                   : mix_head<N, 1>;
+    mixed(weights + head * stride, stride, totals + head, values, columns, head_dim,
+          out + head * head_dim, next);
+    head += some;
+  }
+}
+
+// Attention of one token of each slot, over a cache of which all slots write the same column.
+ffi::Error attention(ffi::ThreadPool threads, Floats query, Floats key, Floats value, Ints column,
+                     Ints length, Ints first_head, ffi::Result<Floats> result, int64_t group,
+                     int64_t window, float scale, float softcap) {
+  const auto sizes = key.dimensions();
+  const int64_t slots = sizes[0], kv_heads = sizes[1], columns = sizes[2], head_dim = sizes[3];
+  const int64_t heads = query.dimensions()[1], end = column.typed_data()[0] + 1;
+  const int64_t before = first_head.typed_data()[0];
+  const float *queries = query.typed_data(), *keys = key.typed_data(), *values = value.typed_data();
+  const int32_t* lengths = length.typed_data();
+  float* outs = result->typed_data();
+  const auto attend = head_dim % kLanes == 0 ? attend_head<kLanes>
+                      : head_dim % 4 == 0    ? attend_head<4>
+                                             : attend_head<1>;
+  // The keys that a slot attends to, of one head: how many, and where they begin in the cache.
+  const auto reach = [=](int64_t slot) {
+    const int64_t all = std::min<int64_t>(lengths[slot], end);
+    return window > 0 ? std::min(all, window) : all;
+  };
+  const auto begin = [=](int64_t pair) {
+    return (pair * columns + end - reach(pair / kv_heads)) * head_dim;
+  };
+  const int64_t pairs = slots * kv_heads;
+  const int64_t share = std::max<int64_t>(1, pairs / (kTasks * threads.num_threads()));
+  run_tasks(threads, (pairs + share - 1) / share, [=](int64_t task) {
+    for (int64_t pair = task * share; pair < std::min(pairs, (task + 1) * share); ++pair) {
+      const int64_t slot = pair / kv_heads, kv_head = pair % kv_heads;
+      // The query heads of this key head, among those that are here.
+      const int64_t first = std::max<int64_t>(0, kv_head * group - before);
+      const int64_t some = std::min(heads, (kv_head + 1) * group - before) - first;
+      if (some <= 0) continue;
+      const int64_t place = (slot * heads + first) * head_dim;
+      if (reach(slot) <= 0) {
+        std::fill_n(outs + place, some * head_dim, 0.0f);
+        continue;
+      }
+      const float* next = keys + begin(std::min(pair + 1, pairs - 1));
+      attend(queries + place, some, keys + begin(pair), values + begin(pair), reach(slot), head_dim,
+             {scale, softcap}, outs + place, next);
+    }
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+extern "C" {
+// Columns of a panel.
+int flowrl_panel() { return kPanel; }
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(flowrl_products, products,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .RemainingArgs()
+                                  .RemainingRets());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(flowrl_attention, attention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Ret<Floats>()
+                                  .Attr<int64_t>("group")
+                                  .Attr<int64_t>("window")
+                                  .Attr<float>("scale")
+                                  .Attr<float>("softcap"));
+}

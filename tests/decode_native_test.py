@@ -1,0 +1,254 @@
+"""Kernels for CPUs: attention against loops in numpy, products against numpy's, in any company."""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import base
+from flowrl_jax.config import parse_config
+from flowrl_jax.errors import InputError
+from flowrl_jax.models.decode import decode_params, decode_shardings
+from flowrl_jax.models.decode_attention import decode_kernel
+from flowrl_jax.models.decode_native import (
+    in_panels,
+    native_attention,
+    native_products,
+    refusal,
+    takes_panels,
+)
+from flowrl_jax.native import library
+from flowrl_jax.sharding import MeshConfig, make_layout, make_mesh
+from tests.decode_loops import SCALE, draw, loops
+from tests.native import NATIVE
+from tests.tiny import tiny_config, tiny_params
+
+attend = jax.jit(
+    functools.partial(native_attention, scale=SCALE), static_argnames=("window", "softcap")
+)
+# Sums of a hundred products in float32, and an exponential to about its last bit.
+CLOSE = 3e-6
+
+
+@NATIVE
+@pytest.mark.parametrize("options", [{}, {"window": 40}, {"softcap": 2.0}], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "column", "length"),
+    [
+        ((1, 1, 1, 1, 64), 0, [1]),  # one column
+        ((3, 7, 7, 200, 16), 150, [151, 150, 17]),  # no group; all from the first column on
+        ((5, 6, 2, 100, 80), 99, [100, 0, 1, 16, 33]),  # ends of vectors; an idle slot
+        ((2, 15, 1, 70, 12), 60, [61, 5]),  # 8, 4, 2 and 1 heads; heads of three short vectors
+        ((4, 4, 2, 50, 6), 49, [50, 49, 3, 0]),  # a head that no vector divides
+        ((2, 4, 4, 300, 256), 280, [281, 130]),
+    ],
+)
+def test_attention_equals_loops_at_odd_sizes(shape, column, length, options):
+    query, cache = draw(*shape)
+    out = attend(query, cache, column, jnp.array(length), **options)
+    np.testing.assert_allclose(out, loops(query, *cache[:2], column, length, **options), atol=CLOSE)
+
+
+@NATIVE
+def test_scores_may_be_large_and_far_apart():
+    """Weights are those of differences to the largest score, and of the least there is nothing."""
+    query, cache = draw(2, 2, 1, 40, 16)
+    cache = cache._replace(key=cache.key * 300.0)
+    out = attend(query, cache, 39, jnp.array([40, 7]))
+    # Scores of 1,000 have steps of 6e-5, by which weights change as much.
+    np.testing.assert_allclose(out, loops(query, *cache[:2], 39, [40, 7]), atol=5e-4)
+    assert np.isfinite(out).all()
+
+
+@NATIVE
+def test_attention_reads_only_what_is_visible():
+    column, length, window = 300, np.array([120, 0, 33]), 100
+    query, cache = draw(3, 2, 1, 512, 64)
+    columns = np.arange(512)
+    seen = (columns <= column) & (columns > column - np.minimum(length, window)[:, None])
+    spoilt = jax.tree.map(lambda x: jnp.where(seen[:, None, :, None], x, jnp.nan), cache)
+    first, second = (
+        attend(query, kept, column, jnp.array(length), window=window) for kept in (cache, spoilt)
+    )
+    np.testing.assert_array_equal(first, second)
+    assert np.any(first[0]) and not np.any(first[1])
+
+
+@NATIVE
+def test_a_row_attends_alike_wherever_it_is():
+    """To the bit: in other slots, other columns, beside other rows and in a larger cache."""
+    query, cache = draw(3, 4, 2, 60, 20)
+    alone = attend(query[1:2], jax.tree.map(lambda x: x[1:2], cache), 50, jnp.array([45]))
+    together = attend(query, cache, 50, jnp.array([3, 45, 51]))
+    np.testing.assert_array_equal(alone[0], together[1])
+    moved = jax.tree.map(lambda x: jnp.pad(x[1:2], ((6, 0), (0, 0), (13, 5), (0, 0))), cache)
+    length = jnp.zeros(7, jnp.int32).at[6].set(45)
+    elsewhere = attend(jnp.pad(query[1:2], ((6, 0), (0, 0), (0, 0))), moved, 63, length)
+    np.testing.assert_array_equal(alone[0], elsewhere[6])
+
+
+@NATIVE
+@pytest.mark.parametrize(
+    ("heads", "kv_heads"),
+    [
+        (8, 4),  # a key head for each shard
+        (8, 2),  # shards share key heads
+        (20, 5),  # a shard's five query heads straddle two key heads or three
+    ],
+)
+def test_devices_attend_for_their_own_slots_and_heads(heads, kv_heads):
+    query, cache = draw(4, heads, kv_heads, 256, 16)
+    length = jnp.array([100, 0, 3, 77])
+    mesh = make_mesh(MeshConfig(data=2, tensor=4))
+    layout = make_layout(mesh, {"heads": heads, "kv_heads": kv_heads})
+    out = layout.jit(functools.partial(native_attention, scale=SCALE, window=90))(
+        query, cache, 99, length
+    )
+    expected = loops(query, *cache[:2], 99, np.asarray(length), window=90)
+    np.testing.assert_allclose(out, expected, atol=CLOSE)
+
+
+def draw_products(rows: int, depth: int, widths: tuple[int, ...]):
+    """Rows, and weights `[depth, width]` of normal numbers."""
+    rng = np.random.default_rng(rows)
+    make = lambda *shape: rng.normal(0, 1, shape).astype(np.float32)  # noqa: E731
+    return make(rows, depth), [make(depth, width) for width in widths]
+
+
+def multiply(rows, weights, jit=jax.jit):
+    """Of host arrays; what `native_products` makes of them."""
+    widths = tuple(weight.shape[1] for weight in weights)
+    panels = tuple(in_panels(jnp.asarray(weight)) for weight in weights)
+    return jit(lambda rows, panels: native_products(rows, panels, widths))(rows, panels)
+
+
+@NATIVE
+@pytest.mark.parametrize("rows", [1, 2, 11, 12, 13, 37])  # around blocks of rows
+@pytest.mark.parametrize(
+    ("depth", "widths"), [(1, (1,)), (7, (31, 32, 33)), (130, (5, 64)), (64, (1000,))], ids=str
+)
+def test_products_equal_numpys_at_odd_sizes(rows, depth, widths):
+    some, weights = draw_products(rows, depth, widths)
+    outs = multiply(some, weights)
+    for out, weight in zip(outs, weights, strict=True):
+        assert out.shape == (rows, weight.shape[1])
+        expected = some.astype(np.float64) @ weight.astype(np.float64)
+        # Numbers near 11 at most, in sums of 130 that are rounded at every step.
+        np.testing.assert_allclose(out, expected, atol=2e-5)
+
+
+@NATIVE
+def test_a_row_is_multiplied_alike_in_any_company():
+    """To the bit: alone, among others, in another order, and over devices."""
+    rows, weights = draw_products(40, 96, (48, 100))
+    together = multiply(rows, weights)
+    one_by_one = [multiply(row[None], weights) for row in rows]
+    alone = [np.concatenate(outs) for outs in zip(*one_by_one, strict=True)]
+    backwards = multiply(rows[::-1].copy(), weights)
+    layout = make_layout(make_mesh(MeshConfig(data=8, fsdp=1)), {})
+    over_devices = multiply(rows, weights, layout.jit)
+    assert over_devices[0].sharding.num_devices == 8
+    for i, wanted in enumerate(together):
+        np.testing.assert_array_equal(alone[i], wanted)
+        np.testing.assert_array_equal(np.asarray(backwards[i])[::-1], wanted)
+        np.testing.assert_array_equal(over_devices[i], wanted)
+
+
+@NATIVE
+def test_panels_are_for_whole_weights_in_float32_on_cpus():
+    mesh = lambda **sizes: make_layout(make_mesh(MeshConfig(**sizes)), {})  # noqa: E731
+    assert takes_panels("auto", jnp.float32, None)
+    assert takes_panels("native", jnp.float32, mesh(data=8, fsdp=1))
+    assert not takes_panels("xla", jnp.float32, None)
+    assert not takes_panels("auto", jnp.bfloat16, None)
+    assert not takes_panels("auto", jnp.float32, mesh(data=4, fsdp=2))
+    assert not takes_panels("auto", jnp.float32, mesh(data=4, fsdp=1, tensor=2))
+
+
+@NATIVE
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_in_panels_have_shardings_of_their_own(tied):
+    config = tiny_config(tie_embeddings=tied)
+    layout = make_layout(make_mesh(MeshConfig(data=8, fsdp=1)), {})
+    weights = layout.jit(lambda params: decode_params(params, config, layout))(tiny_params(config))
+    shardings = decode_shardings(config, layout)
+    assert jax.tree.structure(weights) == jax.tree.structure(shardings)
+    assert ("output" in weights["embedding"], "tokens" in weights["embedding"]) == (False, True)
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(weights))
+
+
+def test_says_what_it_cannot_do():
+    assert not refusal() and not refusal(dtype=jnp.float32, kept=jnp.float32, head_dim=7)
+    assert "model.dtype=bfloat16" in refusal(dtype=jnp.bfloat16)
+    assert "rollout.cache=int8" in refusal(dtype=jnp.float32, kept=jnp.int8)
+    with pytest.raises(InputError, match="'native' decodes in float32 alone.*: use 'auto'"):
+        tiny_config(decode_kernel="native", dtype=jnp.bfloat16)
+    config = base.get_config()
+    config.model.decode_kernel, config.model.dtype = "native", "float32"
+    parse_config(config)
+    config.rollout.cache = "int8"
+    with pytest.raises(InputError, match="rollout.cache=int8: use 'auto' or 'xla'"):
+        parse_config(config)
+
+
+def test_without_kernels_xla_decodes(monkeypatch):
+    monkeypatch.setattr(library, "missing", lambda: "no C++ compiler 'c++': install one")
+    config = tiny_config()
+    assert decode_kernel(config, jnp.float32) == "xla"
+    assert not takes_panels("auto", jnp.float32, None)
+    assert "embedding" in decode_params(tiny_params(config), config)
+    with pytest.raises(InputError, match="'native': no C\\+\\+ compiler.*install one; or use"):
+        decode_kernel(tiny_config(decode_kernel="native"), jnp.float32)
+    monkeypatch.setattr(library, "missing", lambda: "")
+    assert decode_kernel(config, jnp.float32) == "native"
+    assert decode_kernel(config, jnp.int8) == "xla"
+
+
+ASK = "from flowrl_jax.native import library; print(repr(library.missing()))"
+
+
+def missing(folder: Path, **environment: str) -> str:
+    """What a new process, which keeps what it compiles in a folder, says is missing."""
+    own = {name: value for name, value in os.environ.items() if name != "CXX"}
+    done = subprocess.run(
+        [sys.executable, "-c", ASK],
+        env=own | {"XDG_CACHE_HOME": str(folder)} | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ("CPUs decode with XLA, which is slower" in done.stderr) == (done.stdout != "''\n")
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_machines_without_a_compiler_say_so(tmp_path):
+    found = missing(tmp_path, CXX="no-such-compiler -O1")
+    assert "no C++ compiler 'no-such-compiler': install one, or name it in CXX" in found
+    broken = tmp_path / "broken"
+    broken.write_text('#!/bin/sh\n[ "$1" = --version ] || { echo "an error here" >&2; exit 3; }\n')
+    broken.chmod(0o755)
+    assert f"{broken} exits 3: an error here" in missing(tmp_path, CXX=str(broken))
+    (tmp_path / "flowrl_jax").rmdir()
+    (tmp_path / "flowrl_jax").write_text("no folder")
+    assert "cannot write to" in missing(tmp_path)
+
+
+@NATIVE
+@pytest.mark.slow
+def test_what_is_compiled_is_kept(tmp_path):
+    """Without the compiler's own programs, which it calls, nothing could be compiled again."""
+    assert missing(tmp_path) == "''\n"
+    (kept,) = (tmp_path / "flowrl_jax").iterdir()
+    before = kept.stat().st_mtime_ns
+    assert missing(tmp_path) == "''\n"
+    assert [kept] == list((tmp_path / "flowrl_jax").iterdir())
+    assert kept.stat().st_mtime_ns == before
+    kept.write_bytes(b"cut short")
+    assert f"cannot load what it made, delete {kept}" in missing(tmp_path)
