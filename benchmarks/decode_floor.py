@@ -104,14 +104,14 @@ def measure(work: Work, batches: Sequence[int], steps: int, repeats: int) -> lis
     Args:
         work: of which model, prompt length and devices count.
         batches: rows that draw at one time.
-        steps: that are timed of each; 0 means fewer of larger batches, 256 to 64.
+        steps: that are timed of each; 0 means fewer of larger batches, 256 to 32.
         repeats: measured repetitions.
     """
     found = []
     for rows in batches:
         learner = make_learner(work, cpu_devices(rows, work.devices))
         policy = init_state(learner, 1, jax.random.key(0)).params["policy"]
-        timed = steps or min(max(2048 // rows, 64), 256)
+        timed = steps or min(max(2048 // rows, 32), 256)
         here = dataclasses.replace(work, prompts=rows, group=1, response_length=FIRST + timed)
         speeds = [measure_speeds()]
         taken = step_seconds(here, learner, policy, repeats)

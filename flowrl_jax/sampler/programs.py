@@ -102,12 +102,12 @@ class Programs:
             waiting: whether rows come in later than others.
         """
         limit, first = self.config.max_response_length, self.config.first_columns
+        if self.kernel == "xla" and waiting:
+            return short_before_long(width, first, limit)
         if self.kernel == "xla":
-            stages = short_before_long if waiting else growing
-            return stages(width, first, limit)
-        # The others read what rows have and no more, and chips want one size.
+            return growing(width, first, limit, by=1.5)
         if self.kernel == "native" and not waiting:
-            return growing(width, first, limit)
+            return growing(width, first, limit, by=2)  # making columns is all that they cost
         return one_stage(width, limit, waiting=waiting, multiple=_MULTIPLES[self.kernel])
 
     def shardings(self, kind: type) -> Any:

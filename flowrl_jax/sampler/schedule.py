@@ -305,18 +305,19 @@ def one_stage(width: int, limit: int, *, waiting: bool, multiple: int) -> list[S
     return [Stage(0, limit, (-(-columns // multiple) * multiple,))]
 
 
-def growing(width: int, first: int, limit: int) -> list[Stage]:
-    """Columns become more by halves: all rows begin together, none waits.
+def growing(width: int, first: int, limit: int, by: float) -> list[Stage]:
+    """Columns become more as they are wanted: all rows begin together, none waits.
 
     Args:
         width: of the prompts' caches.
         first: response tokens that the smallest number has room for.
         limit: tokens of a response, at most.
+        by: how many times as many each number has room for; more are copied less often.
     """
     sizes, size = [], min(first, limit)
     while size < limit:
         sizes.append(width + size)
-        size = min(size + max(size // 2, 1), limit)
+        size = min(max(int(size * by), size + 1), limit)
     return [Stage(0, limit, (*sizes, width + limit))]
 
 
