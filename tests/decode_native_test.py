@@ -202,7 +202,9 @@ def test_without_kernels_xla_decodes(monkeypatch):
     config = tiny_config()
     assert decode_kernel(config, jnp.float32) == "xla"
     assert not takes_panels("auto", jnp.float32, None)
-    assert "embedding" in decode_params(tiny_params(config), config)
+    weights = decode_params(tiny_params(config), config)
+    assert "query" in weights["layers"][0]["attention"]
+    assert "output_panels" not in weights["embedding"]
     with pytest.raises(InputError, match="'native': no C\\+\\+ compiler.*install one; or use"):
         decode_kernel(tiny_config(decode_kernel="native"), jnp.float32)
     monkeypatch.setattr(library, "missing", lambda: "")
@@ -230,20 +232,25 @@ def missing(folder: Path, **environment: str) -> str:
 @pytest.mark.slow
 def test_machines_without_a_compiler_say_so(tmp_path):
     found = missing(tmp_path, CXX="no-such-compiler -O1")
-    assert "no C++ compiler 'no-such-compiler': install one, or name it in CXX" in found
+    assert (
+        "no C++ compiler 'no-such-compiler': install GCC 12 or later, or name one in CXX" in found
+    )
     broken = tmp_path / "broken"
     broken.write_text('#!/bin/sh\n[ "$1" = --version ] || { echo "an error here" >&2; exit 3; }\n')
     broken.chmod(0o755)
     assert f"{broken} exits 3: an error here" in missing(tmp_path, CXX=str(broken))
     (tmp_path / "flowrl_jax").rmdir()
     (tmp_path / "flowrl_jax").write_text("no folder")
-    assert "cannot write to" in missing(tmp_path)
+    works = tmp_path / "works"  # as far as its version
+    works.write_text("#!/bin/sh\n")
+    works.chmod(0o755)
+    assert "cannot write to" in missing(tmp_path, CXX=str(works))
+    assert "cannot compile: No closing quotation" in missing(tmp_path, CXX="'c++")
 
 
 @NATIVE
 @pytest.mark.slow
 def test_what_is_compiled_is_kept(tmp_path):
-    """Without the compiler's own programs, which it calls, nothing could be compiled again."""
     assert missing(tmp_path) == "''\n"
     (kept,) = (tmp_path / "flowrl_jax").iterdir()
     before = kept.stat().st_mtime_ns

@@ -65,14 +65,16 @@ def decode_kernel(config: TransformerConfig, kept: Any) -> str:
     if wanted != "auto":
         return wanted
     best = _best(device)
-    return "xla" if refusal(best, **case) else best
+    if refusal(best, **case) or (best == "native" and library.missing()):
+        return "xla"
+    return best
 
 
 def _best(device: Any) -> str:
     """The kernel for a device, where it can do what is wanted."""
     if device.platform == "tpu" and device.device_kind not in _WITHOUT_KERNEL:
         return "pallas"
-    if device.platform == "cpu" and not library.missing():
+    if device.platform == "cpu":
         return "native"
     return "triton" if _compiles_triton(device) else "xla"
 

@@ -156,7 +156,7 @@ ffi::Error products(ffi::ThreadPool threads, Floats rows, ffi::RemainingArgs ker
     all.push_back({kernel->typed_data(), (*out)->typed_data(), (*out)->dimensions()[1], panels});
     panels += kernel->dimensions()[0];
   }
-  const int64_t share = std::max<int64_t>(1, panels / (kTasks * threads.num_threads()));
+  const int64_t share = std::max<int64_t>(1, panels / (kTasks * std::max<int64_t>(1, threads.num_threads())));
   run_tasks(threads, (panels + share - 1) / share, [=, &all](int64_t task) {
     const int64_t end = std::min(panels, (task + 1) * share);
     for (int64_t panel = task * share; panel < end; ++panel) {
@@ -360,7 +360,7 @@ ffi::Error attention(ffi::ThreadPool threads, Floats query, Floats key, Floats v
     return (pair * columns + end - reach(pair / kv_heads)) * head_dim;
   };
   const int64_t pairs = slots * kv_heads;
-  const int64_t share = std::max<int64_t>(1, pairs / (kTasks * threads.num_threads()));
+  const int64_t share = std::max<int64_t>(1, pairs / (kTasks * std::max<int64_t>(1, threads.num_threads())));
   run_tasks(threads, (pairs + share - 1) / share, [=](int64_t task) {
     for (int64_t pair = task * share; pair < std::min(pairs, (task + 1) * share); ++pair) {
       const int64_t slot = pair / kv_heads, kv_head = pair % kv_heads;

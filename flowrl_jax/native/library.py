@@ -32,7 +32,10 @@ def panel_columns() -> int:
     Raises:
         CompilerError: there are no kernels on this machine.
     """
-    path = _compiled()
+    try:
+        path = _compiled()
+    except (OSError, RuntimeError, ValueError) as error:  # no home, one of others, a quote in CXX
+        raise CompilerError(f"cannot compile: {error}") from error
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
@@ -62,7 +65,9 @@ def _compiled() -> Path:
     command = shlex.split(os.environ.get("CXX", "")) or ["c++"]
     compiler = shutil.which(command[0])
     if compiler is None:
-        raise CompilerError(f"no C++ compiler {command[0]!r}: install one, or name it in CXX")
+        raise CompilerError(
+            f"no C++ compiler {command[0]!r}: install GCC 12 or later, or name one in CXX"
+        )
     command = [compiler, *command[1:], *_FLAGS, f"-I{jax.ffi.include_dir()}"]
     version = _run([compiler, "--version"])
     of = [_SOURCE.read_text(encoding="utf-8"), *command, version, _processor(), jax.__version__]
