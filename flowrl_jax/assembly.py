@@ -13,10 +13,11 @@ from jax.sharding import Mesh
 
 from flowrl_jax.checkpoint import restore_policy, saved_steps
 from flowrl_jax.config import DTYPES, Config
-from flowrl_jax.distributed import any_process
+from flowrl_jax.distributed import agree_on_kernels, any_process
 from flowrl_jax.errors import InputError
 from flowrl_jax.learner import Learner, check_batch
 from flowrl_jax.metric_sinks import FILE_NAME
+from flowrl_jax.models.decode_support import refusal
 from flowrl_jax.models.hf import check_vocabulary, load_policy
 from flowrl_jax.models.hf_config import read_config
 from flowrl_jax.models.lora import with_adapters, without_adapters
@@ -157,6 +158,9 @@ def assemble(config: Config, workdir: str | os.PathLike[str]) -> Parts:
         InputError: whatever of the config does not fit the files or the devices.
     """
     layout_mesh = make_mesh(config.mesh)
+    native = config.model.decode_kernel in ("auto", "native")
+    if native and not refusal("native", dtype=DTYPES[config.model.dtype]):
+        agree_on_kernels()
     tokenizer, eos_ids = _tokenizer(config, Path(workdir))
     shape = _shape(config, tokenizer, layout_mesh.shape["tensor"])
     layout = layout_of(config, layout_mesh, shape)

@@ -26,6 +26,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 
 from flowrl_jax.errors import InputError
+from flowrl_jax.native import library
 from flowrl_jax.sharding import Layout
 
 AUTO, NONE = "auto", "none"
@@ -320,6 +321,20 @@ def _gather(value: Any) -> list[Any]:
     room = 1 << max(10, (int(sizes.max()) - 1).bit_length())
     rows = multihost_utils.process_allgather(np.pad(data, (0, room - data.size)))
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def agree_on_kernels() -> None:
+    """Has CPUs decode with kernels of their own only where every process of the run has the same.
+
+    Otherwise their programs would not be alike, and would wait for each other for good. Every
+    process must ask at the same point of its run.
+    """
+    if jax.process_count() == 1 or jax.default_backend() != "cpu":
+        return
+    widths = set(_gather(0 if library.missing() else library.panel_columns()))
+    if len(widths) > 1:
+        others = "no kernels" if 0 in widths else "registers of another width"
+        library.give_up(f"another process of this run has {others}")
 
 
 def any_process(flag: bool) -> bool:

@@ -2,8 +2,10 @@
 
 import functools
 import os
+import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import jax
@@ -259,3 +261,44 @@ def test_what_is_compiled_is_kept(tmp_path):
     assert kept.stat().st_mtime_ns == before
     kept.write_bytes(b"cut short")
     assert f"cannot load what it made, delete {kept}" in missing(tmp_path)
+
+
+MEET = """
+import sys, jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from flowrl_jax.distributed import agree_on_kernels
+from flowrl_jax.native import library
+agree_on_kernels()
+print(library.missing())
+"""
+
+
+@NATIVE
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", ["c++", "none-here"])
+def test_processes_have_kernels_together_or_not_at_all(compiler):
+    """Two of which one had none waited for each other: their programs were not alike."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", MEET, address, str(index)],
+                    env=os.environ | ({"CXX": compiler} if index else {}),
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            for index in range(2)
+        ]
+        for process in processes:
+            stack.callback(process.kill)
+        said = [process.communicate(timeout=100)[0].splitlines()[-1] for process in processes]
+    if compiler == "c++":
+        assert said == ["", ""]
+    else:
+        assert said[0] == "another process of this run has no kernels"
+        assert "no C++ compiler 'none-here'" in said[1]

@@ -46,12 +46,30 @@ def panel_columns() -> int:
     return library.flowrl_panel()
 
 
-@functools.cache
+_given_up: list[str] = []  # why, if they are not to be used although there are some
+
+
 def missing() -> str:
     """Why there are no kernels on this machine; "" where there are.
 
     Compiles them, if nobody has, which takes a few seconds. What keeps it from that is logged.
     """
+    return _given_up[0] if _given_up else _missing_here()
+
+
+def give_up(reason: str) -> None:
+    """Does without the kernels from now on, where there are any.
+
+    Args:
+        reason: what `missing` says then.
+    """
+    if not missing():
+        logger.warning("CPUs decode with XLA, which is slower: %s", reason)
+        _given_up.append(reason)
+
+
+@functools.cache
+def _missing_here() -> str:
     try:
         panel_columns()
     except CompilerError as error:
