@@ -267,9 +267,11 @@ MEET = """
 import sys, jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from flowrl_jax.distributed import agree_on_kernels
+from configs import test_tiny
+from flowrl_jax.assembly import assemble
+from flowrl_jax.config import parse_config
 from flowrl_jax.native import library
-agree_on_kernels()
+assemble(parse_config(test_tiny.get_config()), sys.argv[3])
 print(library.missing())
 """
 
@@ -277,7 +279,7 @@ print(library.missing())
 @NATIVE
 @pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["c++", "none-here"])
-def test_processes_have_kernels_together_or_not_at_all(compiler):
+def test_processes_have_kernels_together_or_not_at_all(compiler, tmp_path):
     """Two of which one had none waited for each other: their programs were not alike."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -286,7 +288,7 @@ def test_processes_have_kernels_together_or_not_at_all(compiler):
         processes = [
             stack.enter_context(
                 subprocess.Popen(
-                    [sys.executable, "-c", MEET, address, str(index)],
+                    [sys.executable, "-c", MEET, address, str(index), str(tmp_path)],
                     env=os.environ | ({"CXX": compiler} if index else {}),
                     stdout=subprocess.PIPE,
                     text=True,
