@@ -235,7 +235,7 @@ def missing(folder: Path, **environment: str) -> str:
 def test_machines_without_a_compiler_say_so(tmp_path):
     found = missing(tmp_path, CXX="no-such-compiler -O1")
     assert (
-        "no C++ compiler 'no-such-compiler': install GCC 12 or later, or name one in CXX" in found
+        "no C++ compiler 'no-such-compiler': install GCC 11 or later, or clang, or name one in CXX" in found
     )
     broken = tmp_path / "broken"
     broken.write_text('#!/bin/sh\n[ "$1" = --version ] || { echo "an error here" >&2; exit 3; }\n')

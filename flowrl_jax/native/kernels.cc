@@ -183,7 +183,12 @@ ffi::Error products(ffi::ThreadPool threads, Floats rows, ffi::RemainingArgs ker
 // Of two vectors: sums of neighbours, those of the first before those of the second.
 template <int N, int... I>
 inline Vector<N> fold(Vector<N> a, Vector<N> b, std::integer_sequence<int, I...>) {
+#if __has_builtin(__builtin_shufflevector)
   return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
+#else  // GCC before 12.
+  typedef int32_t Places __attribute__((vector_size(N * sizeof(int32_t))));
+  return __builtin_shuffle(a, b, Places{(2 * I)...}) + __builtin_shuffle(a, b, Places{(2 * I + 1)...});
+#endif
 }
 
 // Of N vectors: the sum of each.

@@ -84,7 +84,7 @@ def _compiled() -> Path:
     compiler = shutil.which(command[0])
     if compiler is None:
         raise CompilerError(
-            f"no C++ compiler {command[0]!r}: install GCC 12 or later, or name one in CXX"
+            f"no C++ compiler {command[0]!r}: install GCC 11 or later, or clang, or name one in CXX"
         )
     command = [compiler, *command[1:], *_FLAGS, f"-I{jax.ffi.include_dir()}"]
     version = _run([compiler, "--version"])
