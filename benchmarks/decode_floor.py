@@ -2,8 +2,9 @@
 
 The floor is the larger of two: the operations of the step's matrix products at the speed of a large
 matrix product, and the bytes of the weights and of the cache's live columns, each read once, at
-the speed at which a large array is read. Both speeds are measured here, before and after, by the
-clock and by CPU time, which other work on the machine disturbs less.
+the speed at which a large array is read. Machines that others compute on do not keep their speeds
+from minute to minute, so both are measured right before and right after each rollout that is timed,
+by the clock and by CPU time, and each rollout has a floor of its own.
 
 python -m benchmarks.decode_floor [--model=25m] [--batches=1,8,64,256] [--json=FILE]
 """
@@ -22,7 +23,6 @@ import numpy as np
 
 from benchmarks.common import MODELS, Work, machine, write_report
 from benchmarks.ours import cpu_devices, make_learner, make_rollout
-from flowrl_jax.learner import Learner
 from flowrl_jax.models.architecture import TransformerConfig
 from flowrl_jax.train_step import init_state
 
@@ -44,6 +44,11 @@ class Speeds:
     flops: Any
     bandwidth: Any
 
+    def faster(self, other: "Speeds") -> "Speeds":
+        """The faster one of each."""
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Speeds(*(np.maximum(*pair) for pair in pairs))
+
 
 def clocks() -> np.ndarray:
     """`[2]`: seconds, and this process' seconds of CPU time."""
@@ -57,15 +62,22 @@ def seconds(run: Callable[[], Any]) -> np.ndarray:
     return clocks() - began
 
 
-def measure_speeds(repeats: int = 5) -> Speeds:
-    """The best of some runs each, after one to compile."""
+def speed_meter(repeats: int = 5) -> Callable[[], Speeds]:
+    """Measures the speeds, each as the median of some runs; what these need is compiled here."""
     product, total = jax.jit(jnp.matmul), jax.jit(jnp.sum)
     matrix, array = jnp.ones((MATRIX, MATRIX)), jnp.ones(ARRAY)
-    best = lambda run: np.min([seconds(run) for _ in range(repeats + 1)][1:], axis=0)  # noqa: E731
-    return Speeds(
-        flops=2 * MATRIX**3 / best(lambda: product(matrix, matrix)),
-        bandwidth=array.nbytes / best(lambda: total(array)),
-    )
+
+    def taken(run: Callable[[], Any]) -> np.ndarray:
+        return np.median([seconds(run) for _ in range(repeats)], axis=0)
+
+    def speeds() -> Speeds:
+        return Speeds(
+            flops=2 * MATRIX**3 / taken(lambda: product(matrix, matrix)),
+            bandwidth=array.nbytes / taken(lambda: total(array)),
+        )
+
+    speeds()
+    return speeds
 
 
 def floor(config: TransformerConfig, rows: int, columns: float, speeds: Speeds) -> Any:
@@ -84,54 +96,41 @@ def floor(config: TransformerConfig, rows: int, columns: float, speeds: Speeds) 
     return np.maximum(flops / speeds.flops, moved / speeds.bandwidth)
 
 
-def step_seconds(work: Work, learner: Learner, policy: Any, repeats: int) -> np.ndarray:
-    """Median time of a step: that of long rollouts less that of short ones, by their steps."""
-    rollouts = [
-        make_rollout(dataclasses.replace(work, response_length=length), learner)
-        for length in (FIRST, work.response_length)
-    ]
-    runs = [lambda number, rollout=rollout: rollout(policy, number) for rollout in rollouts]
-    for run in runs:
-        jax.block_until_ready(run(0))
-    pairs = [[seconds(lambda run=run: run(number)) for run in runs] for number in range(repeats)]  # noqa: B023
-    differences = [long - short for short, long in pairs]
-    return np.median(differences, axis=0) / (work.response_length - FIRST)
+def measure(work: Work, rows: int, steps: int, repeats: int) -> dict[str, Any]:
+    """Medians over repetitions of floor, time and their ratio.
 
-
-def measure(work: Work, batches: Sequence[int], steps: int, repeats: int) -> list[dict[str, float]]:
-    """Floor, time and their ratio.
+    A step's time is that of a long rollout less that of a short one, by their steps.
 
     Args:
         work: of which model, prompt length and devices count.
-        batches: rows that draw at one time.
-        steps: that are timed of each; 0 means fewer of larger batches, 256 to 32.
+        rows: that draw at one time.
+        steps: that are timed; 0 means fewer of larger batches, 256 to 32.
         repeats: measured repetitions.
     """
+    learner = make_learner(work, cpu_devices(rows, work.devices))
+    policy = init_state(learner, 1, jax.random.key(0)).params["policy"]
+    steps = steps or min(max(2048 // rows, 32), 256)
+    here = dataclasses.replace(work, prompts=rows, group=1)
+    short, long = (
+        make_rollout(dataclasses.replace(here, response_length=length), learner)
+        for length in (FIRST, FIRST + steps)
+    )
+    for rollout in (short, long):
+        jax.block_until_ready(rollout(policy, 0))
+    meter = speed_meter()
+    columns = work.prompt_length + FIRST + steps / 2
     found = []
-    for rows in batches:
-        learner = make_learner(work, cpu_devices(rows, work.devices))
-        policy = init_state(learner, 1, jax.random.key(0)).params["policy"]
-        timed = steps or min(max(2048 // rows, 32), 256)
-        here = dataclasses.replace(work, prompts=rows, group=1, response_length=FIRST + timed)
-        speeds = [measure_speeds()]
-        taken = step_seconds(here, learner, policy, repeats)
-        speeds.append(measure_speeds())
-        flops = np.max([speed.flops for speed in speeds], axis=0)
-        bandwidth = np.max([speed.bandwidth for speed in speeds], axis=0)
-        columns = work.prompt_length + FIRST + timed / 2
-        least = floor(learner.model.config, rows, columns, Speeds(flops, bandwidth))
-        found.append(
-            {
-                "rows": rows,
-                "seconds": taken[0],
-                "floor": least[0],
-                "ratio": taken[0] / least[0],
-                "cpu_ratio": taken[1] / least[1],
-                "flops": flops[0],
-                "bandwidth": bandwidth[0],
-            }
-        )
-    return found
+    for number in range(repeats):
+        base = seconds(lambda: short(policy, number))  # noqa: B023
+        before = meter()
+        taken = (seconds(lambda: long(policy, number)) - base) / steps  # noqa: B023
+        speeds = before.faster(meter())
+        least = floor(learner.model.config, rows, columns, speeds)
+        found.append((taken, least, taken / least, speeds.flops, speeds.bandwidth))
+    names = ("seconds", "floor", "ratio", "flops", "bandwidth")
+    clock, cpu = np.median(found, axis=0).T
+    figures = dict(zip(names, clock.tolist(), strict=True))
+    return {"rows": rows, **figures, "cpu_ratio": float(cpu[names.index("ratio")])}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -148,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shape = {**MODELS[values.model], "prompt_length": values.prompt_length}
     work = Work(**shape, devices=values.devices)
     batches = [int(rows) for rows in values.batches.split(",")]
-    found = measure(work, batches, values.steps, values.repeats)
+    found = [measure(work, rows, values.steps, values.repeats) for rows in batches]
     columns = ("rows", "ms/step", "floor ms", "ratio", "by CPU", "GFLOP/s", "GB/s")
     print("".join(f"{column:>10}" for column in columns))
     for row in found:
