@@ -107,10 +107,12 @@ def measure(work: Work, rows: int, steps: int, repeats: int) -> dict[str, Any]:
         steps: that are timed; 0 means fewer of larger batches, 256 to 32.
         repeats: measured repetitions.
     """
-    learner = make_learner(work, cpu_devices(rows, work.devices))
+    devices = cpu_devices(rows, work.devices)
+    learner = make_learner(work, devices)
     policy = init_state(learner, 1, jax.random.key(0)).params["policy"]
     steps = steps or min(max(2048 // rows, 32), 256)
-    here = dataclasses.replace(work, prompts=rows, group=1)
+    # One prompt a device: to read many takes as long as many steps, and never twice the same.
+    here = dataclasses.replace(work, prompts=devices, group=rows // devices)
     short, long = (
         make_rollout(dataclasses.replace(here, response_length=length), learner)
         for length in (FIRST, FIRST + steps)
