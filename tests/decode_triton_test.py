@@ -32,7 +32,7 @@ from flowrl_jax.models.decode_triton import (
     triton_attention_kernel,
 )
 from flowrl_jax.sharding import MeshConfig, make_layout, make_mesh
-from tests.decode_loops import SCALE, draw, loops
+from tests.decode_loops import CLOSE, HEADS_OF_SHARDS, SCALE, attend_on_devices, draw, loops
 from tests.tiny import tiny_config, tiny_params
 
 kernel = functools.partial(triton_attention_kernel, scale=SCALE, interpret=True)
@@ -57,7 +57,7 @@ def test_equals_loops_at_odd_sizes(shape, column, length, window):
     query, cache = draw(*shape)
     out = kernel(query, cache, column, jnp.array(length), window=window)
     expected = loops(query, *cache[:2], column, length, window=window)
-    np.testing.assert_allclose(out, expected, atol=3e-6)
+    np.testing.assert_allclose(out, expected, atol=CLOSE)
 
 
 @pytest.mark.slow
@@ -92,24 +92,10 @@ def test_what_is_hidden_changes_nothing():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("heads", "kv_heads"),
-    [
-        (8, 4),  # a key head for each shard
-        (8, 2),  # shards share key heads
-        (20, 5),  # a shard's five query heads straddle two key heads or three
-    ],
-)
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS_OF_SHARDS)
 def test_devices_attend_for_their_own_slots_and_heads(heads, kv_heads):
-    query, cache = draw(4, heads, kv_heads, 256, 16)
-    length = jnp.array([100, 0, 3, 77])
-    mesh = make_mesh(MeshConfig(data=2, tensor=4))
-    layout = make_layout(mesh, {"heads": heads, "kv_heads": kv_heads})
-    attend = functools.partial(triton_attention, scale=SCALE, window=90)
-    out = layout.jit(attend)(query, cache, 99, length)
-    np.testing.assert_allclose(
-        out, loops(query, *cache[:2], 99, np.asarray(length), window=90), atol=3e-6
-    )
+    out, expected = attend_on_devices(triton_attention, heads, kv_heads)
+    np.testing.assert_allclose(out, expected, atol=CLOSE)
 
 
 @pytest.mark.parametrize(

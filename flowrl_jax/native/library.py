@@ -33,13 +33,9 @@ def panel_columns() -> int:
         CompilerError: there are no kernels on this machine.
     """
     try:
-        path = _compiled()
+        library = _loaded(_compiled())
     except (OSError, RuntimeError, ValueError) as error:  # no home, one of others, a quote in CXX
-        raise CompilerError(f"cannot compile: {error}") from error
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise CompilerError(f"cannot load what it made, delete {path}: {error}") from error
+        raise CompilerError(f"cannot compile or load: {error}") from error
     for name in (PRODUCTS, ATTENTION):
         handler = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(name, handler, platform="cpu")
@@ -76,6 +72,15 @@ def _missing_here() -> str:
         logger.warning("CPUs decode with XLA, which is slower: %s", error)
         return str(error)
     return ""
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
+    """The library at a path, made again once if it is spoilt."""
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        path.unlink(missing_ok=True)
+        return ctypes.CDLL(str(_compiled()))
 
 
 def _compiled() -> Path:
