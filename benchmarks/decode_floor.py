@@ -112,7 +112,8 @@ def measure(work: Work, rows: int, steps: int, repeats: int) -> dict[str, Any]:
     policy = init_state(learner, 1, jax.random.key(0)).params["policy"]
     steps = steps or min(max(2048 // rows, 32), 256)
     # One prompt a device: to read many takes as long as many steps, and never twice the same.
-    here = dataclasses.replace(work, prompts=devices, group=rows // devices)
+    prompts = max(devices, 1)
+    here = dataclasses.replace(work, prompts=prompts, group=rows // prompts)
     short, long = (
         make_rollout(dataclasses.replace(here, response_length=length), learner)
         for length in (FIRST, FIRST + steps)
