@@ -2,15 +2,17 @@
 
 The floor is the larger of two: the operations of the step's matrix products at the speed of a large
 matrix product, and the bytes of the weights and of the cache's live columns, each read once, at
-the speed at which a large array is read. Machines that others compute on do not keep their speeds
-from minute to minute, so both are measured right before and right after each rollout that is timed,
-by the clock and by CPU time, and each rollout has a floor of its own.
+the speed at which a large array is read. Groups of rows begin with one prompt, whose columns count
+once. Machines that others compute on do not keep their speeds from minute to minute, so both are
+measured right before and right after the steps of each repetition, by the clock and by CPU time, and
+each repetition has a floor of its own.
 
 python -m benchmarks.decode_floor [--model=25m] [--batches=1,8,64,256] [--json=FILE]
 """
 
 import argparse
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,12 +24,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.common import MODELS, Work, machine, write_report
-from benchmarks.ours import cpu_devices, make_learner, make_rollout
+from benchmarks.ours import cpu_devices, draw_prompts, make_learner
+from flowrl_jax.learner import Learner
 from flowrl_jax.models.architecture import TransformerConfig
+from flowrl_jax.sampler import SamplerConfig, rollout_key
+from flowrl_jax.sampler.programs import programs_of
+from flowrl_jax.sampler.slots import Queue, Slots
 from flowrl_jax.train_step import init_state
 
 AT_MOST = 1.5
 FIRST = 32  # tokens of a response before those that are timed
+GROUP = 8  # rows that begin with one prompt
 MATRIX = 2048
 ARRAY = 2**26  # floats: 256 MiB, more than any cache holds
 
@@ -80,7 +87,9 @@ def speed_meter(repeats: int = 5) -> Callable[[], Speeds]:
     return speeds
 
 
-def floor(config: TransformerConfig, rows: int, columns: float, speeds: Speeds) -> Any:
+def floor(
+    config: TransformerConfig, rows: int, columns: float, speeds: Speeds, shared: float = 0.0
+) -> Any:
     """Seconds that a step cannot fall below.
 
     Args:
@@ -88,18 +97,64 @@ def floor(config: TransformerConfig, rows: int, columns: float, speeds: Speeds) 
         rows: that draw a token.
         columns: that each of them attends to.
         speeds: of the machine.
+        shared: columns, of all rows, that are others' too and are counted with those.
     """
     keys = config.num_layers * config.num_kv_heads * config.head_dim
     queries = config.num_layers * config.num_heads * config.head_dim
     flops = 2 * rows * (config.num_parameters + 2 * queries * columns)
-    moved = jnp.dtype(config.dtype).itemsize * (config.num_parameters + 2 * rows * keys * columns)
+    read = config.num_parameters + 2 * keys * (rows * columns - shared)
+    moved = jnp.dtype(config.dtype).itemsize * read
     return np.maximum(flops / speeds.flops, moved / speeds.bandwidth)
+
+
+def make_decoder(
+    work: Work, learner: Learner, policy: Any, segment: int
+) -> tuple[Callable[[], Slots], Callable[[Slots, int], Slots]]:
+    """The sampler's programs, without what is read and written down around them.
+
+    Args:
+        work: that is decoded, all rows at one time.
+        learner: of the work.
+        policy: its parameters.
+        segment: tokens between two looks of the host.
+
+    Returns:
+        A function to slots in which prompts have been read; and one of slots, which are donated,
+        and a multiple of `segment`, to slots with as many more tokens of each row.
+    """
+    config = SamplerConfig(
+        max_response_length=work.max_length, eos_ids=(), group_size=work.group, segment=segment
+    )
+    programs = programs_of(learner.model.config, config, learner.layout, learner.layout)
+    key, per_shard = rollout_key(0, 0), work.rows // programs.shards
+    prompts = draw_prompts(work, learner, 0)
+    limits = learner.layout.put_batch(np.full(work.rows, work.max_length, np.int32))
+    rows = programs.rows(key, prompts, limits)
+    own = np.tile(np.arange(per_shard, dtype=np.int32), (programs.shards, 1))
+    pick = learner.layout.put_batch(own[:, :: work.group].copy())
+    queue = Queue(own // work.group, own, np.full(programs.shards, per_shard, np.int32))
+    (stage,) = programs.stages(work.prompt_length, waiting=False)
+    weights = programs.weights(policy)
+
+    def begin() -> Slots:
+        starts = programs.prefill(policy, prompts, pick)
+        until = np.int32(stage.limit)
+        slots = programs.empty(starts, rows, until, work.rows, stage.columns[-1])
+        return programs.enter(slots, starts, rows, queue)
+
+    def decode(slots: Slots, tokens: int) -> Slots:
+        for _ in range(tokens // segment):
+            never = np.full(programs.shards, -1, np.int32)
+            slots, *_ = programs.segment(
+                weights, slots, None, None, never, 0, jax.random.key_impl(key), None
+            )
+        return jax.block_until_ready(slots)
+
+    return begin, decode
 
 
 def measure(work: Work, rows: int, steps: int, repeats: int) -> dict[str, Any]:
     """Medians over repetitions of floor, time and their ratio.
-
-    A step's time is that of a long rollout less that of a short one, by their steps.
 
     Args:
         work: of which model, prompt length and devices count.
@@ -111,24 +166,22 @@ def measure(work: Work, rows: int, steps: int, repeats: int) -> dict[str, Any]:
     learner = make_learner(work, devices)
     policy = init_state(learner, 1, jax.random.key(0)).params["policy"]
     steps = steps or min(max(2048 // rows, 32), 256)
-    # One prompt a device: to read many takes as long as many steps, and never twice the same.
-    prompts = max(devices, 1)
-    here = dataclasses.replace(work, prompts=prompts, group=rows // prompts)
-    short, long = (
-        make_rollout(dataclasses.replace(here, response_length=length), learner)
-        for length in (FIRST, FIRST + steps)
-    )
-    for rollout in (short, long):
-        jax.block_until_ready(rollout(policy, 0))
+    parts = max(devices, 1)
+    group = next(size for size in range(GROUP, 0, -1) if rows // parts % size == 0)
+    here = dataclasses.replace(work, prompts=rows // group, group=group, limit=FIRST + steps)
+    begin, decode = make_decoder(here, learner, policy, math.gcd(FIRST, steps))
+    decode(begin(), FIRST + steps)
     meter = speed_meter()
     columns = work.prompt_length + FIRST + steps / 2
+    shared = (here.rows - here.prompts) * work.prompt_length
     found = []
-    for number in range(repeats):
-        base = seconds(lambda: short(policy, number))  # noqa: B023
-        before = meter()
-        taken = (seconds(lambda: long(policy, number)) - base) / steps  # noqa: B023
+    for _ in range(repeats):
+        slots, before = decode(begin(), FIRST), meter()
+        began = clocks()
+        decode(slots, steps)
+        taken = (clocks() - began) / steps
         speeds = before.faster(meter())
-        least = floor(learner.model.config, rows, columns, speeds)
+        least = floor(learner.model.config, rows, columns, speeds, shared)
         found.append((taken, least, taken / least, speeds.flops, speeds.bandwidth))
     names = ("seconds", "floor", "ratio", "flops", "bandwidth")
     clock, cpu = np.median(found, axis=0).T

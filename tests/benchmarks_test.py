@@ -106,8 +106,12 @@ def test_floor_is_the_larger_of_operations_and_bytes():
     assert slow_memory == 4 * weights
     slow_cores = floor(config, rows=3, columns=0, speeds=Speeds(flops=1.0, bandwidth=math.inf))
     assert slow_cores == 3 * 2 * weights
-    with_cache = floor(config, rows=3, columns=10, speeds=Speeds(math.inf, 1.0)) - slow_memory
-    assert with_cache == 3 * 10 * 4 * 2 * config.num_layers * 2 * 64
+    fast_cores = Speeds(math.inf, 1.0)
+    with_cache = floor(config, rows=3, columns=10, speeds=fast_cores) - slow_memory
+    column = 4 * 2 * config.num_layers * 2 * 64
+    assert with_cache == 3 * 10 * column
+    of_one_prompt = floor(config, rows=3, columns=10, speeds=fast_cores, shared=2 * 7)
+    assert of_one_prompt == slow_memory + (3 * 3 + 7) * column
 
 
 def test_reward_is_the_share_of_even_numbers():

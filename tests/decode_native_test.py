@@ -16,9 +16,11 @@ import pytest
 from configs import base
 from flowrl_jax.config import parse_config
 from flowrl_jax.errors import InputError
+from flowrl_jax.models.cache import KVCache
 from flowrl_jax.models.decode import decode_params, decode_shardings
 from flowrl_jax.models.decode_attention import decode_kernel
 from flowrl_jax.models.decode_native import (
+    Prompts,
     in_panels,
     native_attention,
     native_products,
@@ -31,9 +33,20 @@ from tests.decode_loops import CLOSE, HEADS_OF_SHARDS, SCALE, attend_on_devices,
 from tests.native import NATIVE
 from tests.tiny import tiny_config, tiny_params
 
-attend = jax.jit(
+run = jax.jit(
     functools.partial(native_attention, scale=SCALE), static_argnames=("window", "softcap")
 )
+
+
+def attend(query, cache, column, length, prompts=None, **options):
+    """What slots attend to in a cache whose newest column the kernel has to write."""
+    newest = (x[:, :, column] for x in cache[:2])
+    before = jax.tree.map(lambda x: x.at[:, :, column].set(jnp.nan), cache)
+    out, after = run(query, *newest, before, column, length, prompts, **options)
+    idle = (length == 0)[:, None, None, None]
+    wanted = jax.tree.map(lambda old, new: jnp.where(idle, old, new), before, cache)
+    jax.tree.map(np.testing.assert_array_equal, after, wanted)
+    return out
 
 
 @NATIVE
@@ -93,10 +106,66 @@ def test_a_row_attends_alike_wherever_it_is():
     np.testing.assert_array_equal(alone[0], elsewhere[6])
 
 
+NUMBERS = [4, 9, 4, 9, 4, 2, 9, 9]  # of the slots' prompts; the first slot is idle
+PROMPTS = {4: 30, 9: 17, 2: 5}  # their lengths
+LENGTHS = [0, 60, 45, 18, 75, 6, 40, 81]
+
+
+def with_prompts(shape, column: int) -> tuple[jax.Array, KVCache, Prompts, np.ndarray]:
+    """Slots, some of which begin with one prompt; and its copies that are left over, `[S, C]`."""
+    query, cache = draw(len(NUMBERS), *shape)
+    copies, first = np.zeros((len(NUMBERS), shape[2]), bool), {}
+    for slot, (number, length) in enumerate(zip(NUMBERS, LENGTHS, strict=True)):
+        begin, size = column + 1 - length, PROMPTS[number]
+        here = slice(begin, begin + size)
+        if length and number in first:
+            copies[slot, here] = True
+            of, at = first[number]
+            there = slice(at, at + size)
+            cache = jax.tree.map(
+                lambda x: x.at[slot, :, here].set(x[of, :, there]),  # noqa: B023
+                cache,
+            )
+        elif length:
+            first[number] = slot, begin
+    sizes = [PROMPTS[number] for number in NUMBERS]
+    return query, cache, Prompts(jnp.array(NUMBERS), jnp.array(sizes)), copies
+
+
+@NATIVE
+@pytest.mark.parametrize("window", [0, 50, 12])  # which leaves of a prompt all, some and nothing
+@pytest.mark.parametrize("shape", [(6, 2, 90, 20), (8, 8, 81, 64), (3, 1, 100, 6)], ids=str)
+def test_slots_of_one_prompt_read_it_from_one_of_them(shape, window):
+    """To the bit what they read from copies of their own, which may hold anything then."""
+    column = 80
+    query, cache, prompts, copies = with_prompts(shape, column)
+    options = {"window": window}
+    wanted = attend(query, cache, column, jnp.array(LENGTHS), **options)
+    expected = loops(query, *cache[:2], column, LENGTHS, **options)
+    np.testing.assert_allclose(wanted, expected, atol=CLOSE)
+    assert copies.sum() > 50
+    spoilt = jax.tree.map(lambda x: jnp.where(copies[:, None, :, None], jnp.nan, x), cache)
+    out = attend(query, spoilt, column, jnp.array(LENGTHS), prompts, **options)
+    np.testing.assert_array_equal(out, wanted)
+
+
+@NATIVE
+def test_devices_read_prompts_from_slots_of_their_own():
+    query, cache, prompts, _ = with_prompts((6, 2, 90, 20), 80)
+    arguments = (query, *(x[:, :, 80] for x in cache[:2]), cache, 80, jnp.array(LENGTHS))
+    layout = make_layout(make_mesh(MeshConfig(data=4, tensor=2)), {"heads": 6, "kv_heads": 2})
+    attention = layout.jit(functools.partial(native_attention, scale=SCALE))
+    jax.tree.map(np.testing.assert_array_equal, attention(*arguments, prompts), run(*arguments))
+
+
 @NATIVE
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS_OF_SHARDS)
 def test_devices_attend_for_their_own_slots_and_heads(heads, kv_heads):
-    out, expected = attend_on_devices(native_attention, heads, kv_heads)
+    def attention(query, cache, column, *arguments, **options):
+        key, value = (x[:, :, column] for x in cache[:2])
+        return native_attention(query, key, value, cache, column, *arguments, **options)[0]
+
+    out, expected = attend_on_devices(attention, heads, kv_heads)
     np.testing.assert_allclose(out, expected, atol=CLOSE)
 
 

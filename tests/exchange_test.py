@@ -56,10 +56,15 @@ def numbers(rng, count: int, high: int = 1000) -> jax.Array:
     return jnp.array(rng.integers(0, high, count), jnp.int32)
 
 
+def draw_rows(rng, count: int) -> Rows:
+    key = numbers(rng, 2 * count).reshape(count, 2)
+    return Rows(key, numbers(rng, count), numbers(rng, count))
+
+
 def draw_slots(rng, axes, index: list[int], columns: int, column: int, drawn: list[int]) -> Slots:
     """Slots with these rows, each with its tokens drawn up to the column."""
     count = len(index)
-    fixed = Rows(key=numbers(rng, 2 * count).reshape(count, 2), limit=numbers(rng, count))
+    fixed = draw_rows(rng, count)
     row = Row(
         index=jnp.array(index),
         first=column - jnp.array(drawn),
@@ -87,7 +92,7 @@ def test_rows_come_in_by_their_order(cache, taken, count):
     index = [7, -1, 3, -1, -1]
     slots = draw_slots(rng, at, index, 11, 8, [1, 0, 2, 0, 0])
     starts, width = draw_starts(rng, at, 4, 6), 6
-    rows = Rows(key=numbers(rng, 20).reshape(10, 2), limit=numbers(rng, 10))
+    rows = draw_rows(rng, 10)
     place, who = np.array([3, 0, 2, 1, 3]), np.array([9, 4, 0, 6, 2])
     queue = Queue(jnp.array(place)[None], jnp.array(who)[None], jnp.array([count]))
     after, came = let_in(at, slots, jnp.array([taken]), starts, rows, queue)
@@ -170,7 +175,8 @@ def lowered_segment(programs: Programs, slots: int, width: int, columns: int, *,
     weights = jax.eval_shape(lambda: decode_params(tiny_params(shape), shape, within))
     if within is not None:
         weights = placed(weights, decode_shardings(shape, within))
-    rows = Rows(jax.ShapeDtypeStruct((4 * slots, 2), jnp.uint32), array(4 * slots))
+    each = array(4 * slots)
+    rows = Rows(jax.ShapeDtypeStruct((4 * slots, 2), jnp.uint32), each, each)
 
     def empty():
         layer = [jnp.zeros((slots, shape.num_kv_heads, width, shape.head_dim), shape.dtype)] * 2

@@ -35,8 +35,11 @@ SETTINGS = SamplerConfig(
 )
 
 
+PROMPTS = [3, 6, 1, 5]  # their lengths
+
+
 def prompts():
-    return prompt_batch([3, 6, 1, 5], GROUP, PROMPT, CONFIG.vocab_size)
+    return prompt_batch(PROMPTS, GROUP, PROMPT, CONFIG.vocab_size)
 
 
 def sample(
@@ -199,7 +202,7 @@ def test_ids_that_do_not_exist_are_never_drawn(temperature):
     assert params["embedding"]["tokens"].shape[0] == 24 > config.vocab_size > config.drawable
     rollout = generate(
         params,
-        prompt_batch([3, 6, 1, 5], GROUP, PROMPT, 9),
+        prompt_batch(PROMPTS, GROUP, PROMPT, 9),
         KEY,
         model=Transformer(config),
         config=dataclasses.replace(SETTINGS, temperature=temperature, eos_ids=(3,)),
@@ -387,6 +390,36 @@ def test_slots_do_the_work_of_rows_that_go_on(count_draws, kernel, idle):
     assert draws[0] == 4 and draws[-1] == 1  # slots: fewer when nobody waits
     assert sum(draws) == 11 * 10 + 150 + idle
     assert_same(sample(**settings), rollout)
+
+
+@NATIVE
+@pytest.mark.slow
+@pytest.mark.parametrize("slots", [0, 5])
+def test_samples_of_a_group_read_one_copy_of_their_prompt(slots, monkeypatch):
+    """Every other copy in the cache may hold anything, whichever slots the rows are in."""
+    settings = {"kernel": "native", "slots": slots, "max_lengths": LIMITS}
+    wanted = sample(group_size=1, **settings)  # which nobody shares
+    plain = programs.Programs.token
+    sizes = jnp.array(PROMPTS) - 1  # a prompt's last token comes with the response
+
+    def spoil(slots):
+        row = slots.row
+        group, begin = row.index // GROUP, slots.column - row.length
+        columns = jnp.arange(slots.caches[0].key.shape[2]) - begin[:, None]
+        prompt = (columns >= 0) & (columns < sizes[group][:, None])
+        twins = (group[:, None] == group) & ~slots.free
+        other = prompt & jnp.any(jnp.tril(twins, -1), axis=1)[:, None]
+        cache = jax.tree.map(lambda x: jnp.where(other[:, None, :, None], jnp.nan, x), slots.caches)
+        return dataclasses.replace(slots, caches=cache)
+
+    # What is left behind is not spoilt: when its twin has ended, a row reads what it has itself.
+    def token(self, weights, slots, *arguments):
+        drawn = plain(self, weights, spoil(slots), *arguments)[1]
+        return plain(self, weights, slots, *arguments)[0], drawn
+
+    monkeypatch.setattr(programs.Programs, "token", token)
+    monkeypatch.setattr(generate_module, "programs_of", programs.Programs)
+    assert_same(wanted, sample(**settings))
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from flowrl_jax.models.architecture import TransformerConfig
 from flowrl_jax.models.attention import MASKED, capped, platform_device
 from flowrl_jax.models.cache import KVCache, quantize
 from flowrl_jax.models.decode_kernel import decode_attention
-from flowrl_jax.models.decode_native import native_attention
+from flowrl_jax.models.decode_native import Prompts, native_attention
 from flowrl_jax.models.decode_support import refusal, require_support
 from flowrl_jax.models.decode_triton import triton_attention
 from flowrl_jax.native import library
@@ -32,10 +32,12 @@ class Held(NamedTuple):
         column: scalar int32, the newest column.
         length: `[S]` int32, how many columns a slot's row has, up to the newest one and with it; 0
             for a slot without a row, whose output means nothing.
+        prompts: what rows have in common; None if that is not known.
     """
 
     column: jax.Array
     length: jax.Array
+    prompts: Prompts | None = None
 
 
 def decode_kernel(config: TransformerConfig, kept: Any) -> str:
@@ -142,6 +144,47 @@ def write(
     )
 
 
+def attend_next(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    cache: KVCache,
+    held: Held,
+    *,
+    kernel: str,
+    **scores: Any,
+) -> tuple[jax.Array, KVCache]:
+    """Writes a token of every slot to the cache, and attends to it and those before.
+
+    Args:
+        query: `[S, N, 1, H]`.
+        key: `[S, K, 1, H]`.
+        value: `[S, K, 1, H]`.
+        cache: of the layer; donated.
+        held: what each slot may attend to, this token the newest.
+        kernel: from `decode_kernel`. "native", for CPUs, writes as it reads, and reads what each
+            slot may attend to alone; for the others see `attend_cached`.
+        scores: `scale`, `window` and `softcap` as there.
+
+    Returns:
+        `[S, N, 1, H]` in the dtype of `query`, and the cache.
+    """
+    if kernel == "native":
+        out, cache = native_attention(
+            query[:, :, 0],
+            key[:, :, 0],
+            value[:, :, 0],
+            cache,
+            held.column,
+            held.length,
+            held.prompts,
+            **scores,
+        )
+        return out[:, :, None], cache
+    cache = write(cache, key, value, held.column, kernel)
+    return attend_cached(query, cache, held, kernel=kernel, **scores), cache
+
+
 def attend_cached(
     query: jax.Array,
     cache: KVCache,
@@ -161,20 +204,18 @@ def attend_cached(
         scale: multiplies the scores.
         window: columns that a token looks back to, its own included; 0 means all.
         softcap: scores s become `softcap * tanh(s / softcap)`; 0 leaves them.
-        kernel: from `decode_kernel`. "pallas", for TPU, "triton", for NVIDIA GPUs, and "native",
-            for CPUs, read what each slot may attend to and little more; "xla" all columns.
+        kernel: from `decode_kernel`, but "native". "pallas", for TPU, and "triton", for NVIDIA
+            GPUs, read what each slot may attend to and little more; "xla" all columns.
 
     Returns:
         `[S, N, 1, H]` in the dtype of `query`.
     """
-    if kernel == "triton":
-        return triton_attention(query[:, :, 0], cache, *held, scale=scale, window=window)[
-            :, :, None
-        ]
-    if kernel in ("pallas", "native"):
-        attention = native_attention if kernel == "native" else decode_attention
-        options = {"scale": scale, "window": window, "softcap": softcap}
-        return attention(query[:, :, 0], cache, *held, **options)[:, :, None]
+    if kernel != "xla":
+        seen = (query[:, :, 0], cache, held.column, held.length)
+        options: dict[str, Any] = {"scale": scale, "window": window}
+        if kernel == "triton":
+            return triton_attention(*seen, **options)[:, :, None]
+        return decode_attention(*seen, softcap=softcap, **options)[:, :, None]
     slots, heads, _, head_dim = query.shape
     kv_heads, columns = cache.value.shape[1:3]
     grouped = query.reshape(slots, kv_heads, heads // kv_heads, head_dim)

@@ -5,7 +5,7 @@ the other. XLA's CPU backend makes such panels of a weight at every product; her
 panels in place of weights.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,50 +35,79 @@ def refusal(*, dtype: Any = jnp.float32, kept: Any = None, **_: Any) -> str:
     return ""
 
 
+class Prompts(NamedTuple):
+    """What the rows in slots begin with.
+
+    Attributes:
+        number: `[S]` int32. Rows of one number have the same first columns, to the bit.
+        length: `[S]` int32, how many.
+    """
+
+    number: jax.Array
+    length: jax.Array
+
+
 def native_attention(
     query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
     cache: KVCache,
     column: jax.Array | int,
     length: jax.Array,
+    prompts: Prompts | None = None,
     *,
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
-) -> jax.Array:
+) -> tuple[jax.Array, KVCache]:
     """Grouped-query attention of one token per slot, on every device for its own slots and heads.
 
-    Reads the columns that a slot may attend to and no others.
+    Writes the token's key and value to the cache, in place where nothing else wants the old one.
+    Reads the columns that a slot may attend to and no others; what slots of one prompt have in
+    common from one of them, whose columns of the prompt are near by for the others.
 
     Args:
         query: `[S, N, H]` float32; N query heads, a multiple of K.
+        key: `[S, K, H]` float32.
+        value: `[S, K, H]` float32.
         cache: of one layer, `[S, K, C, H]` float32 both.
-        column: scalar int32, the newest column, of all slots.
+        column: scalar int32, where they are written; the newest column of all slots.
         length: `[S]` int32, columns that a slot may attend to: `(column - length, column]`. 0 is
             an idle slot.
+        prompts: of the slots; by default no two have the same.
         scale: multiplies the scores.
         window: columns that a token looks back to, its own included; 0 means all.
         softcap: scores s become `softcap * tanh(s / softcap)`; 0 leaves them.
 
     Returns:
-        `[S, N, H]` float32; zeros in idle slots.
+        `[S, N, H]` float32, zeros in idle slots; and the cache, to whose idle slots nothing is
+        written.
     """
 
-    def run(query, cache, column, length, first_head=0, group=0):
+    def run(query, key, value, cache, column, length, number, same, first_head=0, group=0):
         library.panel_columns()
-        return jax.ffi.ffi_call(library.ATTENTION, jax.ShapeDtypeStruct(query.shape, query.dtype))(
+        outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, cache.key, cache.value)]
+        out, *kept = jax.ffi.ffi_call(library.ATTENTION, outs, input_output_aliases={3: 1, 4: 2})(
             query,
+            key,
+            value,
             cache.key,
             cache.value,
             jnp.asarray(column, jnp.int32),
             length,
+            number,
+            same,
             jnp.asarray(first_head, jnp.int32),
             group=np.int64(group or query.shape[1] // cache.key.shape[1]),
             window=np.int64(window),
             scale=np.float32(scale),
             softcap=np.float32(softcap),
         )
+        return out, KVCache(*kept)
 
-    return on_devices(run, query, cache, column, length)
+    if prompts is None:
+        prompts = Prompts(jnp.arange(length.shape[0], dtype=jnp.int32), jnp.zeros_like(length))
+    return on_devices(run, query, cache, column, length, *prompts, new=(key, value))
 
 
 def in_panels(weight: jax.Array) -> jax.Array:

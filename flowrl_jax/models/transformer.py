@@ -19,7 +19,7 @@ from flowrl_jax.models.accumulation import run_layers
 from flowrl_jax.models.architecture import ACTIVATIONS, REMAT_POLICIES, TransformerConfig
 from flowrl_jax.models.attention import Columns, attend
 from flowrl_jax.models.cache import KVCache
-from flowrl_jax.models.decode_attention import Held, attend_cached, decode_kernel, write
+from flowrl_jax.models.decode_attention import Held, attend_next, decode_kernel
 from flowrl_jax.models.decode_native import native_products, panels_name
 from flowrl_jax.models.lora import lora_term
 from flowrl_jax.models.projection import project
@@ -165,9 +165,8 @@ class Attention(nn.Module):
         else:
             assert isinstance(windowed, bool) and isinstance(view.columns, Held)
             kernel = decode_kernel(config, cache.key.dtype)
-            kept = write(cache, key, value, view.columns.column, kernel)
             scores = config.scores(windowed)
-            out = attend_cached(query, kept, view.columns, kernel=kernel, **scores)
+            out, kept = attend_next(query, key, value, cache, view.columns, kernel=kernel, **scores)
         shape = (config.num_heads, config.head_dim, config.embed_dim)
         rows = jnp.swapaxes(out, 1, 2).reshape(-1, config.num_heads * config.head_dim)
         (out,) = _project(self, rows, {"out": (shape, ("heads", "head_dim", "embed"))})

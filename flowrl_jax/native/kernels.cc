@@ -33,7 +33,8 @@ constexpr int kLanes = 8, kRows = 6;
 constexpr int kLanes = 4, kRows = 12;
 #endif
 constexpr int kPanel = 2 * kLanes;
-constexpr int kAhead = 16;  // lines of a panel, or columns, that memory is asked for in advance
+constexpr int kAhead = 16;       // columns that memory is asked for in advance
+constexpr int kLinesAhead = 64;  // lines of a panel, likewise
 constexpr int kTasks = 4;   // of a thread, so that one that is late leaves less to wait for
 
 template <int N>
@@ -101,15 +102,17 @@ float* scratch(int64_t floats) {
 
 // ---- Products ----
 
-// R rows of `width` floats times a panel.
+// R rows of `width` floats times a panel. At each of its lines memory is asked for `step` floats more of
+// what is `next`.
 template <int R>
 void multiply(const float* rows, int64_t width, const float* panel, float* out, int64_t out_width,
-              int64_t columns) {
+              int64_t columns, const float* next, int64_t step) {
   Vector<kLanes> left[R] = {}, right[R] = {};
   for (int64_t k = 0; k < width; ++k) {
     const float* line = panel + k * kPanel;
-    __builtin_prefetch(line + kAhead * kPanel);
-    __builtin_prefetch(line + kAhead * kPanel + kLanes);
+    __builtin_prefetch(line + kLinesAhead * kPanel);
+    __builtin_prefetch(line + kLinesAhead * kPanel + kLanes);
+    __builtin_prefetch(next + k * step);
     const auto first = load<kLanes>(line), second = load<kLanes>(line + kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -128,10 +131,12 @@ void multiply(const float* rows, int64_t width, const float* panel, float* out, 
 
 template <int R = kRows>
 void multiply_some(int64_t count, const float* rows, int64_t width, const float* panel, float* out,
-                   int64_t out_width, int64_t columns) {
+                   int64_t out_width, int64_t columns, const float* next, int64_t step) {
   if constexpr (R > 0) {
-    if (count == R) return multiply<R>(rows, width, panel, out, out_width, columns);
-    multiply_some<R - 1>(count, rows, width, panel, out, out_width, columns);
+    if (count == R) {
+      return multiply<R>(rows, width, panel, out, out_width, columns, next, step);
+    }
+    multiply_some<R - 1>(count, rows, width, panel, out, out_width, columns, next, step);
   }
 }
 
@@ -140,6 +145,10 @@ struct Kernel {
   float* out;           // [R, F]
   int64_t width;        // F
   int64_t first;        // panel, counted over all kernels
+
+  const float* panel(int64_t number, int64_t depth) const {
+    return panels + (number - first) * kPanel * depth;
+  }
 };
 
 // Rows [R, D] times each of some kernels, which come in panels [P, D, kPanel]: [R, F] each.
@@ -157,20 +166,27 @@ ffi::Error products(ffi::ThreadPool threads, Floats rows, ffi::RemainingArgs ker
     panels += kernel->dimensions()[0];
   }
   const int64_t share = std::max<int64_t>(1, panels / (kTasks * std::max<int64_t>(1, threads.num_threads())));
+  // Blocks of rows as equal as can be: a last one of few would cost as much as a full one.
+  const int64_t blocks = (count + kRows - 1) / kRows;
+  // Memory gives a panel while all blocks are multiplied with the one before it, not with the first.
+  const int64_t step = blocks > 1 ? (kPanel + blocks - 1) / blocks : 0;
   run_tasks(threads, (panels + share - 1) / share, [=, &all](int64_t task) {
     const int64_t end = std::min(panels, (task + 1) * share);
-    for (int64_t panel = task * share; panel < end; ++panel) {
+    const auto of = [&](int64_t panel) {
       auto kernel = all.rbegin();
       while (kernel->first > panel) ++kernel;
-      const int64_t column = (panel - kernel->first) * kPanel;
-      const float* numbers = kernel->panels + column * width;
+      return kernel;
+    };
+    for (int64_t panel = task * share; panel < end; ++panel) {
+      const auto kernel = of(panel);
+      const int64_t column = (panel - kernel->first) * kPanel, after = std::min(panel + 1, panels - 1);
       const int64_t columns = std::min<int64_t>(kPanel, kernel->width - column);
-      // Blocks of rows as equal as can be: a last one of few would cost as much as a full one.
-      const int64_t blocks = (count + kRows - 1) / kRows;
+      const float *numbers = kernel->panel(panel, width), *next = of(after)->panel(after, width);
       for (int64_t block = 0, row = 0; block < blocks; ++block) {
         const int64_t some = (count - row + blocks - block - 1) / (blocks - block);
         multiply_some(some, from + row * width, width, numbers,
-                      kernel->out + row * kernel->width + column, kernel->width, columns);
+                      kernel->out + row * kernel->width + column, kernel->width, columns,
+                      next + block * step * width, step);
         row += some;
       }
     }
@@ -204,26 +220,55 @@ inline Vector<N> sums(Vector<N>* of) {
   return of[0];
 }
 
-// Products of queries [heads, head_dim] with the keys of some columns; N divides head_dim. What follows
-// a query's last score up to a multiple of N is overwritten. `next` is what will be read after them.
-template <int N>
-void score(const float* queries, int64_t heads, const float* keys, int64_t columns, int64_t head_dim,
-           float* scores, int64_t stride, const float* next) {
-  for (int64_t column = 0; column < columns; column += N) {
-    const float* key[N];
-    for (int i = 0; i < N; ++i) key[i] = keys + std::min(column + i, columns - 1) * head_dim;
-    const float* ahead = column + N < columns ? keys + (column + N) * head_dim : next;
-    for (int64_t head = 0; head < heads; ++head) {  // The keys are near by for all but the first.
-      Vector<N> partial[N] = {};
-      for (int64_t h = 0; h < head_dim; h += N) {
-        const auto part = load<N>(queries + head * head_dim + h);
-        if (head == 0) {
-          for (int i = 0; i < N; ++i) __builtin_prefetch(ahead + i * head_dim + h);
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < N; ++i) partial[i] += part * load<N>(key[i] + h);
+// Vectors of one head, column after column. The first `same` of them are in another slot's copy too, and
+// read from there: slots that begin with one prompt take turns, so that it is near by for all but one.
+struct Columns {
+  const float *own, *twin;
+  int64_t same, count, head_dim;
+
+  const float* at(int64_t column) const { return (column < same ? twin : own) + column * head_dim; }
+
+  const float* unshared() const { return own + same * head_dim; }
+
+  // What memory is asked for while a column is read: own columns ahead, then those that are `next`. They
+  // are spread over all columns, or memory would rest while shared ones are read.
+  const float* ahead(int64_t column, const float* next) const {
+    const int64_t coming = kAhead + (column * pace() >> 16), unread = count - same;
+    return coming < unread ? unshared() + coming * head_dim : next + (coming - unread) * head_dim;
+  }
+
+  int64_t pace() const { return ((count - same) << 16) / count; }
+};
+
+// Products of Q queries [Q, head_dim] with keys; N divides head_dim, Q divides N. What follows a query's
+// last score up to a multiple of N is overwritten. `next` is what will be read after the keys, null if
+// these have been read before.
+template <int N, int Q>
+void score(const float* queries, Columns keys, float* scores, int64_t stride, const float* next) {
+  constexpr int kSome = N / Q;
+  const int64_t head_dim = keys.head_dim;
+  for (int64_t column = 0; column < keys.count; column += kSome) {
+    const float* key[kSome];
+    for (int i = 0; i < kSome; ++i) key[i] = keys.at(std::min(column + i, keys.count - 1));
+    const float* ahead = keys.ahead(column, next);
+    Vector<N> partial[N] = {};
+    for (int64_t h = 0; h < head_dim; h += N) {
+      if (next) {
+        for (int i = 0; i < kSome; ++i) __builtin_prefetch(ahead + h * kSome + i * N);
       }
-      store<N>(scores + head * stride + column, sums<N>(partial));
+      Vector<N> query[Q];
+      for (int q = 0; q < Q; ++q) query[q] = load<N>(queries + q * head_dim + h);
+#pragma GCC unroll 16
+      for (int i = 0; i < kSome; ++i) {
+        const auto part = load<N>(key[i] + h);
+#pragma GCC unroll 4
+        for (int q = 0; q < Q; ++q) partial[q * kSome + i] += query[q] * part;
+      }
+    }
+    const auto found = sums<N>(partial);
+    for (int q = 0; q < Q; ++q) {
+      std::memcpy(scores + q * stride + column, reinterpret_cast<const float*>(&found) + q * kSome,
+                  kSome * sizeof(float));
     }
   }
 }
@@ -270,18 +315,17 @@ float weigh(float* scores, int64_t columns) {
   return sums<kLanes>(lanes)[0];
 }
 
-// Weighted means of values, V vectors of N floats of each, for G queries. `next` is what will be read
-// after them.
+// Weighted means of values, V vectors of N floats of each from float h on, for G queries. `next` is what
+// will be read after them.
 template <int N, int G, int V>
-void mix(const float* weights, int64_t stride, const float* totals, const float* values,
-         int64_t columns, int64_t head_dim, float* out, const float* next) {
+void mix(const float* weights, int64_t stride, const float* totals, Columns values, int64_t h,
+         float* out, const float* next) {
   Vector<N> sum[G][V] = {};
-  for (int64_t column = 0; column < columns; ++column) {
+  for (int64_t column = 0; column < values.count; ++column) {
     Vector<N> value[V];
-    const int64_t later = column + kAhead - columns;
-    const float* ahead = later < 0 ? values + (column + kAhead) * head_dim : next + later * head_dim;
+    const float *here = values.at(column) + h, *ahead = values.ahead(column, next) + h;
     for (int i = 0; i < V; ++i) __builtin_prefetch(ahead + i * N);
-    for (int i = 0; i < V; ++i) value[i] = load<N>(values + column * head_dim + i * N);
+    for (int i = 0; i < V; ++i) value[i] = load<N>(here + i * N);
 #pragma GCC unroll 8
     for (int g = 0; g < G; ++g) {
       const float weight = weights[g * stride + column];
@@ -290,36 +334,42 @@ void mix(const float* weights, int64_t stride, const float* totals, const float*
     }
   }
   for (int g = 0; g < G; ++g) {
-    for (int i = 0; i < V; ++i) store<N>(out + g * head_dim + i * N, sum[g][i] / totals[g]);
+    for (int i = 0; i < V; ++i) store<N>(out + g * values.head_dim + h + i * N, sum[g][i] / totals[g]);
   }
 }
 
 template <int N, int G>
-void mix_head(const float* weights, int64_t stride, const float* totals, const float* values,
-              int64_t columns, int64_t head_dim, float* out, const float* next) {
+void mix_head(const float* weights, int64_t stride, const float* totals, Columns values, float* out,
+              const float* next) {
   constexpr int kWide = G > 4 ? 2 : 4;  // as many sums as there are registers for
   int64_t h = 0;
-  for (; h + kWide * N <= head_dim; h += kWide * N) {
-    mix<N, G, kWide>(weights, stride, totals, values + h, columns, head_dim, out + h, next + h);
+  for (; h + kWide * N <= values.head_dim; h += kWide * N) {
+    mix<N, G, kWide>(weights, stride, totals, values, h, out, next);
   }
-  for (; h < head_dim; h += N) {
-    mix<N, G, 1>(weights, stride, totals, values + h, columns, head_dim, out + h, next + h);
-  }
+  for (; h < values.head_dim; h += N) mix<N, G, 1>(weights, stride, totals, values, h, out, next);
 }
 
 struct Scores {
   float scale, softcap;
 };
 
-// Attention of some queries [heads, head_dim] over the keys and values [columns, head_dim] of the one
-// head that they share. `next` are the keys that will be read after these.
+// Attention of some queries [heads, head_dim] over the keys and values of the one head that they share.
+// `next` are the keys that will be read after these.
 template <int N>
-void attend_head(const float* queries, int64_t heads, const float* keys, const float* values,
-                 int64_t columns, int64_t head_dim, Scores how, float* out, const float* next) {
+void attend_head(const float* queries, int64_t heads, Columns keys, Columns values, Scores how,
+                 float* out, const float* next) {
+  const int64_t columns = keys.count, head_dim = keys.head_dim;
   const int64_t stride = (columns + kLanes - 1) / kLanes * kLanes;
   float* weights = scratch(heads * (stride + 1));
   float* totals = weights + heads * stride;
-  score<N>(queries, heads, keys, columns, head_dim, weights, stride, values);
+  for (int64_t head = 0; head < heads;) {
+    constexpr int kFour = std::min(N, 4), kTwo = std::min(N, 2);
+    const int64_t left = heads - head, some = left >= kFour ? kFour : left >= kTwo ? kTwo : 1;
+    const auto scored = some == 4 ? score<N, kFour> : some == 2 ? score<N, kTwo> : score<N, 1>;
+    scored(queries + head * head_dim, keys, weights + head * stride, stride,
+           head == 0 ? values.unshared() : nullptr);
+    head += some;
+  }
   for (int64_t head = 0; head < heads; ++head) {
     float* scores = weights + head * stride;
     for (int64_t i = 0; i < columns; ++i) scores[i] *= how.scale;
@@ -336,51 +386,104 @@ void attend_head(const float* queries, int64_t heads, const float* keys, const f
                        : some == 4 ? mix_head<N, 4>
                        : some == 2 ? mix_head<N, 2>
                                    : mix_head<N, 1>;
-    mixed(weights + head * stride, stride, totals + head, values, columns, head_dim,
-          out + head * head_dim, next);
+    mixed(weights + head * stride, stride, totals + head, values, out + head * head_dim, next);
     head += some;
   }
 }
 
-// Attention of one token of each slot, over a cache of which all slots write the same column.
-ffi::Error attention(ffi::ThreadPool threads, Floats query, Floats key, Floats value, Ints column,
-                     Ints length, Ints first_head, ffi::Result<Floats> result, int64_t group,
+// A slot that attends, and where its columns are: all of its own up to the newest, of which the window
+// leaves the last `reach`, and of these the first `same` in the copy of `twin`.
+struct Reader {
+  int64_t slot, twin, reach, same, twin_first;
+};
+
+// The slots that attend to anything, those with one prompt after each other: the first of them is the
+// twin of the others.
+std::vector<Reader> readers(const int32_t* lengths, const int32_t* prompts,
+                            const int32_t* prompt_lengths, int64_t slots, int64_t end,
+                            int64_t window) {
+  std::vector<Reader> all;
+  for (int64_t slot = 0; slot < slots; ++slot) {
+    const int64_t length = std::min<int64_t>(lengths[slot], end);
+    const int64_t reach = window > 0 ? std::min(length, window) : length;
+    if (reach > 0) all.push_back({slot, slot, reach, 0, end - reach});
+  }
+  std::stable_sort(all.begin(), all.end(), [=](const Reader& a, const Reader& b) {
+    return prompts[a.slot] < prompts[b.slot];
+  });
+  for (size_t i = 1; i < all.size(); ++i) {
+    Reader& one = all[i];
+    const int64_t twin = all[i - 1].twin;
+    if (prompts[one.slot] != prompts[twin]) continue;
+    // Columns of the prompt that the window has left behind.
+    const int64_t lost = lengths[one.slot] - one.reach, twin_first = end - lengths[twin] + lost;
+    const int64_t same = std::min(prompt_lengths[one.slot] - lost, one.reach - 1);
+    one.twin = twin;
+    if (same > 0 && twin_first >= 0) one.same = same, one.twin_first = twin_first;
+  }
+  return all;
+}
+
+// Attention of one token of each slot, over a cache of which all slots write the same column. Slots of
+// one prompt hold the same numbers in as many columns as it has, their first ones.
+ffi::Error attention(ffi::ThreadPool threads, Floats query, Floats new_key, Floats new_value,
+                     Floats old_keys, Floats old_values, Ints column, Ints length, Ints prompt,
+                     Ints prompt_length, Ints first_head, ffi::Result<Floats> result,
+                     ffi::Result<Floats> new_keys, ffi::Result<Floats> new_values, int64_t group,
                      int64_t window, float scale, float softcap) {
-  const auto sizes = key.dimensions();
-  const int64_t slots = sizes[0], kv_heads = sizes[1], columns = sizes[2], head_dim = sizes[3];
+  const auto sizes = old_keys.dimensions();
+  const int64_t kv_heads = sizes[1], columns = sizes[2], head_dim = sizes[3];
   const int64_t heads = query.dimensions()[1], end = column.typed_data()[0] + 1;
   const int64_t before = first_head.typed_data()[0];
-  const float *queries = query.typed_data(), *keys = key.typed_data(), *values = value.typed_data();
-  const int32_t* lengths = length.typed_data();
+  const float *queries = query.typed_data(), *newest_keys = new_key.typed_data(),
+              *newest_values = new_value.typed_data();
+  float *keys = new_keys->typed_data(), *values = new_values->typed_data();
+  if (keys != old_keys.typed_data() || values != old_values.typed_data()) {
+    return ffi::Error::InvalidArgument("attention: the cache is not where it was");
+  }
   float* outs = result->typed_data();
   const auto attend = head_dim % kLanes == 0 ? attend_head<kLanes>
                       : head_dim % 4 == 0    ? attend_head<4>
                                              : attend_head<1>;
-  // The keys that a slot attends to, of one head: how many, and where they begin in the cache.
-  const auto reach = [=](int64_t slot) {
-    const int64_t all = std::min<int64_t>(lengths[slot], end);
-    return window > 0 ? std::min(all, window) : all;
+  const auto slots = readers(length.typed_data(), prompt.typed_data(), prompt_length.typed_data(),
+                             sizes[0], end, window);
+  if (slots.size() < sizes[0]) std::fill_n(outs, result->element_count(), 0.0f);
+  struct Pair {
+    Reader reader;
+    int64_t kv_head;
   };
-  const auto begin = [=](int64_t pair) {
-    return (pair * columns + end - reach(pair / kv_heads)) * head_dim;
+  std::vector<Pair> pairs;  // of a prompt's slots one key head after the other
+  for (size_t first = 0, last = 0; first < slots.size(); first = last) {
+    while (last < slots.size() && slots[last].twin == slots[first].twin) ++last;
+    for (int64_t kv_head = 0; kv_head < kv_heads; ++kv_head) {
+      for (size_t i = first; i < last; ++i) pairs.push_back({slots[i], kv_head});
+    }
+  }
+  const auto columns_of = [=](const float* cache, const Pair& pair) {
+    const auto& one = pair.reader;
+    const auto at = [=](int64_t slot, int64_t column) {
+      return cache + ((slot * kv_heads + pair.kv_head) * columns + column) * head_dim;
+    };
+    return Columns{at(one.slot, end - one.reach), at(one.twin, one.twin_first), one.same, one.reach,
+                   head_dim};
   };
-  const int64_t pairs = slots * kv_heads;
-  const int64_t share = std::max<int64_t>(1, pairs / (kTasks * std::max<int64_t>(1, threads.num_threads())));
-  run_tasks(threads, (pairs + share - 1) / share, [=](int64_t task) {
-    for (int64_t pair = task * share; pair < std::min(pairs, (task + 1) * share); ++pair) {
-      const int64_t slot = pair / kv_heads, kv_head = pair % kv_heads;
+  const int64_t count = pairs.size();
+  const int64_t share = std::max<int64_t>(1, count / (kTasks * std::max<int64_t>(1, threads.num_threads())));
+  run_tasks(threads, (count + share - 1) / share, [=, &pairs](int64_t task) {
+    for (int64_t i = task * share; i < std::min(count, (task + 1) * share); ++i) {
+      const auto& pair = pairs[i];
+      const int64_t from = (pair.reader.slot * kv_heads + pair.kv_head) * head_dim;
+      const int64_t to = from * columns + (end - 1) * head_dim;
+      std::copy_n(newest_keys + from, head_dim, keys + to);
+      std::copy_n(newest_values + from, head_dim, values + to);
       // The query heads of this key head, among those that are here.
-      const int64_t first = std::max<int64_t>(0, kv_head * group - before);
-      const int64_t some = std::min(heads, (kv_head + 1) * group - before) - first;
+      const int64_t first = std::max<int64_t>(0, pair.kv_head * group - before);
+      const int64_t some = std::min(heads, (pair.kv_head + 1) * group - before) - first;
       if (some <= 0) continue;
-      const int64_t place = (slot * heads + first) * head_dim;
-      if (reach(slot) <= 0) {
-        std::fill_n(outs + place, some * head_dim, 0.0f);
-        continue;
-      }
-      const float* next = keys + begin(std::min(pair + 1, pairs - 1));
-      attend(queries + place, some, keys + begin(pair), values + begin(pair), reach(slot), head_dim,
-             {scale, softcap}, outs + place, next);
+      const int64_t place = (pair.reader.slot * heads + first) * head_dim;
+      const auto next = columns_of(keys, pairs[std::min(i + 1, count - 1)]);
+      attend(queries + place, some, columns_of(keys, pair), columns_of(values, pair), {scale, softcap},
+             outs + place, next.unshared());
     }
   });
   return ffi::Error::Success();
@@ -404,9 +507,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(flowrl_attention, attention,
                                   .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
                                   .Arg<Ints>()
                                   .Arg<Ints>()
                                   .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()
                                   .Ret<Floats>()
                                   .Attr<int64_t>("group")
                                   .Attr<int64_t>("window")

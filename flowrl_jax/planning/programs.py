@@ -349,7 +349,8 @@ class _Sampler:
         _, (params, prompts, pick) = self.prefill()
         read = jax.eval_shape(programs.read, params, prompts, pick)
         key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-        rows = Rows(self._array(self._rows, *key.shape, dtype=key.dtype), self._array(self._rows))
+        each = self._array(self._rows)
+        rows = Rows(self._array(self._rows, *key.shape, dtype=key.dtype), each, each)
         slots = jax.eval_shape(
             lambda read, rows: programs.without_rows(read, rows, 0, self.slots, self._columns),
             read,

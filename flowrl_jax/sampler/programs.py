@@ -23,6 +23,7 @@ from flowrl_jax.models.decode import (
 )
 from flowrl_jax.models.decode_attention import Held, column_axes, decode_kernel, make_cache
 from flowrl_jax.models.decode_kernel import CHUNK
+from flowrl_jax.models.decode_native import Prompts
 from flowrl_jax.models.decode_triton import SPLIT
 from flowrl_jax.models.rotary import Rotation
 from flowrl_jax.models.transformer import TransformerConfig
@@ -128,7 +129,7 @@ class Programs:
         axes = self.column_axes
         scales = [None if axis is None else scale for axis in axes[2:]]
         caches = (KVCache(of[axes.key], of[axes.value], *scales),) * self.shape.num_layers
-        fixed = Rows(key=rows, limit=rows)
+        fixed = Rows(rows, rows, rows)
         starts = Starts(caches, rows, rows, rows, rows)
         row = Row(*[rows] * 6, fixed=fixed)
         return {
@@ -158,10 +159,11 @@ class Programs:
         def rows(key, prompts: PromptBatch, limit):
             places = jnp.arange(limit.shape[0], dtype=jnp.int32)
             group = self.config.group_size
-            prompt = places // group if prompts.prompt_id is None else prompts.prompt_id
+            number = places // group
+            prompt = number if prompts.prompt_id is None else prompts.prompt_id
             sample = places % group if prompts.sample_id is None else prompts.sample_id
             fold = jax.vmap(lambda i, j: jax.random.fold_in(jax.random.fold_in(key, i), j))
-            return Rows(jax.random.key_data(fold(prompt, sample)), limit)
+            return Rows(jax.random.key_data(fold(prompt, sample)), limit, number)
 
         return self._jit(rows, Rows)
 
@@ -374,7 +376,8 @@ class Programs:
     ) -> tuple[Slots, Log]:
         """Draws a token for every row: a step of `segment`."""
         row, config, active = slots.row, self.config, slots.decodes
-        held = Held(slots.column, jnp.where(active, row.length + 1, 0))
+        prompts = Prompts(row.fixed.prompt, row.length - row.drawn)
+        held = Held(slots.column, jnp.where(active, row.length + 1, 0), prompts)
         logits, caches = decode_token(
             weights, self.shape, row.token, row.length, tables, held, slots.caches
         )

@@ -34,10 +34,12 @@ class Rows:
     Attributes:
         key: `[B, ...]` uint32, data of each row's key.
         limit: `[B]` int32, tokens that its response may have.
+        prompt: `[B]` int32, a number that a group of rows has for itself.
     """
 
     key: jax.Array
     limit: jax.Array
+    prompt: jax.Array
 
 
 @struct.dataclass
@@ -51,7 +53,7 @@ class Row:
         length: `[S]` int32, tokens in the cache: so many columns before `first + drawn`.
         drawn: `[S]` int32, tokens of the response.
         search: `[S]` int32, how far a stop string has been read, see `StopTable`.
-        fixed: their rows' keys and limits.
+        fixed: of their rows.
     """
 
     index: jax.Array
