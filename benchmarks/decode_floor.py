@@ -4,8 +4,8 @@ The floor is the larger of two: the operations of the step's matrix products at 
 matrix product, and the bytes of the weights and of the cache's live columns, each read once, at
 the speed at which a large array is read. Groups of rows begin with one prompt, whose columns count
 once. Machines that others compute on do not keep their speeds from minute to minute, so both are
-measured right before and right after the steps of each repetition, by the clock and by CPU time, and
-each repetition has a floor of its own.
+measured right before and right after the steps of each repetition, by the clock and by CPU time,
+and each repetition has a floor of its own.
 
 python -m benchmarks.decode_floor [--model=25m] [--batches=1,8,64,256] [--json=FILE]
 """
@@ -166,14 +166,14 @@ def measure(work: Work, rows: int, steps: int, repeats: int) -> dict[str, Any]:
     learner = make_learner(work, devices)
     policy = init_state(learner, 1, jax.random.key(0)).params["policy"]
     steps = steps or min(max(2048 // rows, 32), 256)
-    parts = max(devices, 1)
-    group = next(size for size in range(GROUP, 0, -1) if rows // parts % size == 0)
+    shard = rows // learner.layout.batch_shards
+    group = next(size for size in range(GROUP, 0, -1) if shard % size == 0)
     here = dataclasses.replace(work, prompts=rows // group, group=group, limit=FIRST + steps)
     begin, decode = make_decoder(here, learner, policy, math.gcd(FIRST, steps))
     decode(begin(), FIRST + steps)
     meter = speed_meter()
-    columns = work.prompt_length + FIRST + steps / 2
-    shared = (here.rows - here.prompts) * work.prompt_length
+    columns = work.prompt_length + FIRST + (steps - 1) / 2
+    shared = (here.rows - here.prompts) * (work.prompt_length - 1)
     found = []
     for _ in range(repeats):
         slots, before = decode(begin(), FIRST), meter()

@@ -150,6 +150,13 @@ def test_slots_of_one_prompt_read_it_from_one_of_them(shape, window):
 
 
 @NATIVE
+def test_nothing_is_written_beside_a_cache():
+    query, cache = draw(2, 2, 1, 20, 16)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="column that the cache does not have"):
+        run(query, query[:, :1], query[:, :1], cache, 20, jnp.array([4, 20]))
+
+
+@NATIVE
 def test_devices_read_prompts_from_slots_of_their_own():
     query, cache, prompts, _ = with_prompts((6, 2, 90, 20), 80)
     arguments = (query, *(x[:, :, 80] for x in cache[:2]), cache, 80, jnp.array(LENGTHS))

@@ -1,7 +1,8 @@
 """Attention of one new token per slot over the keys and values that decoding keeps.
 
-All slots write the same column at a step, so that the write is one slice of the cache. What a slot
-may attend to are the last so many columns up to that one: nothing else has to be masked or known.
+All slots write the same column at a step: one slice of the cache, which XLA writes or a kernel that
+attends. What a slot may attend to are the last so many columns up to that one: nothing else has to
+be masked or known.
 """
 
 import functools
@@ -163,7 +164,7 @@ def attend_next(
         cache: of the layer; donated.
         held: what each slot may attend to, this token the newest.
         kernel: from `decode_kernel`. "native", for CPUs, writes as it reads, and reads what each
-            slot may attend to alone; for the others see `attend_cached`.
+            slot may attend to and nothing else; for the others see `attend_cached`.
         scores: `scale`, `window` and `softcap` as there.
 
     Returns:
@@ -210,6 +211,7 @@ def attend_cached(
     Returns:
         `[S, N, 1, H]` in the dtype of `query`.
     """
+    assert kernel != "native", "attend_next writes and attends at once"
     if kernel != "xla":
         seen = (query[:, :, 0], cache, held.column, held.length)
         options: dict[str, Any] = {"scale": scale, "window": window}

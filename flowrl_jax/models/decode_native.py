@@ -39,8 +39,9 @@ class Prompts(NamedTuple):
     """What the rows in slots begin with.
 
     Attributes:
-        number: `[S]` int32. Rows of one number have the same first columns, to the bit.
-        length: `[S]` int32, how many.
+        number: `[S]` int32. Rows of one number have the same first columns, to the bit, and read
+            them from one of them.
+        length: `[S]` int32, how many: fewer than a row has.
     """
 
     number: jax.Array
@@ -84,7 +85,7 @@ def native_attention(
         written.
     """
 
-    def run(query, key, value, cache, column, length, number, same, first_head=0, group=0):
+    def run(query, key, value, cache, column, length, prompt, prompt_length, first_head=0, group=0):
         library.panel_columns()
         outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, cache.key, cache.value)]
         out, *kept = jax.ffi.ffi_call(library.ATTENTION, outs, input_output_aliases={3: 1, 4: 2})(
@@ -95,8 +96,8 @@ def native_attention(
             cache.value,
             jnp.asarray(column, jnp.int32),
             length,
-            number,
-            same,
+            prompt,
+            prompt_length,
             jnp.asarray(first_head, jnp.int32),
             group=np.int64(group or query.shape[1] // cache.key.shape[1]),
             window=np.int64(window),

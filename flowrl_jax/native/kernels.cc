@@ -35,7 +35,7 @@ constexpr int kLanes = 4, kRows = 12;
 constexpr int kPanel = 2 * kLanes;
 constexpr int kAhead = 16;       // columns that memory is asked for in advance
 constexpr int kLinesAhead = 64;  // lines of a panel, likewise
-constexpr int kTasks = 4;   // of a thread, so that one that is late leaves less to wait for
+constexpr int kTasks = 4;        // of a thread, so that one that is late leaves less to wait for
 
 template <int N>
 struct Vectors {
@@ -77,15 +77,21 @@ struct Tasks {
   }
 };
 
-// Runs tasks here and on the threads that are free; waits for those that another has begun.
+// Runs tasks of some items each, from a first one to before a last one, here and on the threads that
+// are free; waits for those that another has begun.
 template <class Run>
-void run_tasks(ffi::ThreadPool& threads, int64_t count, Run run) {
-  const int64_t helpers = std::min<int64_t>(threads.num_threads(), count) - 1;
+void run_tasks(ffi::ThreadPool& threads, int64_t items, Run run) {
+  const int64_t workers = std::max<int64_t>(1, threads.num_threads());
+  const int64_t share = std::max<int64_t>(1, items / (kTasks * workers));
+  const int64_t count = (items + share - 1) / share, helpers = std::min(workers, count) - 1;
+  const auto run_one = [=](int64_t task) {
+    run(task * share, std::min(items, (task + 1) * share));
+  };
   if (helpers < 1) {
-    for (int64_t task = 0; task < count; ++task) run(task);
+    for (int64_t task = 0; task < count; ++task) run_one(task);
     return;
   }
-  auto tasks = std::make_shared<Tasks<Run>>(run, count);
+  auto tasks = std::make_shared<Tasks<decltype(run_one)>>(run_one, count);
   for (int64_t i = 0; i < helpers; ++i) threads.Schedule([tasks] { tasks->work(); });
   tasks->work();
   for (int spins = 0; tasks->done.load(std::memory_order_acquire) < count; ++spins) {
@@ -165,23 +171,23 @@ ffi::Error products(ffi::ThreadPool threads, Floats rows, ffi::RemainingArgs ker
     all.push_back({kernel->typed_data(), (*out)->typed_data(), (*out)->dimensions()[1], panels});
     panels += kernel->dimensions()[0];
   }
-  const int64_t share = std::max<int64_t>(1, panels / (kTasks * std::max<int64_t>(1, threads.num_threads())));
   // Blocks of rows as equal as can be: a last one of few would cost as much as a full one.
   const int64_t blocks = (count + kRows - 1) / kRows;
   // Memory gives a panel while all blocks are multiplied with the one before it, not with the first.
   const int64_t step = blocks > 1 ? (kPanel + blocks - 1) / blocks : 0;
-  run_tasks(threads, (panels + share - 1) / share, [=, &all](int64_t task) {
-    const int64_t end = std::min(panels, (task + 1) * share);
-    const auto of = [&](int64_t panel) {
-      auto kernel = all.rbegin();
-      while (kernel->first > panel) ++kernel;
-      return kernel;
-    };
-    for (int64_t panel = task * share; panel < end; ++panel) {
-      const auto kernel = of(panel);
-      const int64_t column = (panel - kernel->first) * kPanel, after = std::min(panel + 1, panels - 1);
+  const auto kernel_of = [&](int64_t panel) {
+    auto kernel = all.rbegin();
+    while (kernel->first > panel) ++kernel;
+    return kernel;
+  };
+  run_tasks(threads, panels, [=](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const auto kernel = kernel_of(panel);
+      const int64_t column = (panel - kernel->first) * kPanel;
       const int64_t columns = std::min<int64_t>(kPanel, kernel->width - column);
-      const float *numbers = kernel->panel(panel, width), *next = of(after)->panel(after, width);
+      const int64_t after = std::min(panel + 1, panels - 1);
+      const float* numbers = kernel->panel(panel, width);
+      const float* next = kernel_of(after)->panel(after, width);
       for (int64_t block = 0, row = 0; block < blocks; ++block) {
         const int64_t some = (count - row + blocks - block - 1) / (blocks - block);
         multiply_some(some, from + row * width, width, numbers,
@@ -250,10 +256,10 @@ void score(const float* queries, Columns keys, float* scores, int64_t stride, co
   for (int64_t column = 0; column < keys.count; column += kSome) {
     const float* key[kSome];
     for (int i = 0; i < kSome; ++i) key[i] = keys.at(std::min(column + i, keys.count - 1));
-    const float* ahead = keys.ahead(column, next);
+    const float* ahead = next ? keys.ahead(column, next) : nullptr;
     Vector<N> partial[N] = {};
     for (int64_t h = 0; h < head_dim; h += N) {
-      if (next) {
+      if (ahead) {
         for (int i = 0; i < kSome; ++i) __builtin_prefetch(ahead + h * kSome + i * N);
       }
       Vector<N> query[Q];
@@ -391,17 +397,23 @@ void attend_head(const float* queries, int64_t heads, Columns keys, Columns valu
   }
 }
 
-// A slot that attends, and where its columns are: all of its own up to the newest, of which the window
-// leaves the last `reach`, and of these the first `same` in the copy of `twin`.
+// A slot that attends to its last `reach` columns, of which the first `same` are read from the slot
+// `twin`, where they begin at column `twin_first`.
 struct Reader {
   int64_t slot, twin, reach, same, twin_first;
 };
 
+// One key head of it.
+struct Pair {
+  Reader reader;
+  int64_t kv_head;
+};
+
 // The slots that attend to anything, those with one prompt after each other: the first of them is the
 // twin of the others.
-std::vector<Reader> readers(const int32_t* lengths, const int32_t* prompts,
-                            const int32_t* prompt_lengths, int64_t slots, int64_t end,
-                            int64_t window) {
+std::vector<Reader> find_readers(const int32_t* lengths, const int32_t* prompts,
+                                 const int32_t* prompt_lengths, int64_t slots, int64_t end,
+                                 int64_t window) {
   std::vector<Reader> all;
   for (int64_t slot = 0; slot < slots; ++slot) {
     const int64_t length = std::min<int64_t>(lengths[slot], end);
@@ -417,11 +429,28 @@ std::vector<Reader> readers(const int32_t* lengths, const int32_t* prompts,
     if (prompts[one.slot] != prompts[twin]) continue;
     // Columns of the prompt that the window has left behind.
     const int64_t lost = lengths[one.slot] - one.reach, twin_first = end - lengths[twin] + lost;
-    const int64_t same = std::min(prompt_lengths[one.slot] - lost, one.reach - 1);
+    // The newest column of either, which is written meanwhile, is not of the prompt.
+    const int64_t shorter = std::min(lengths[one.slot], lengths[twin]);
+    const int64_t same = std::min<int64_t>(prompt_lengths[one.slot], shorter - 1) - lost;
     one.twin = twin;
-    if (same > 0 && twin_first >= 0) one.same = same, one.twin_first = twin_first;
+    if (same > 0 && twin_first >= 0) {
+      one.same = same;
+      one.twin_first = twin_first;
+    }
   }
   return all;
+}
+
+// All key heads of readers: of those with one prompt one key head after the other.
+std::vector<Pair> in_turns(const std::vector<Reader>& readers, int64_t kv_heads) {
+  std::vector<Pair> pairs;
+  for (size_t first = 0, last = 0; first < readers.size(); first = last) {
+    while (last < readers.size() && readers[last].twin == readers[first].twin) ++last;
+    for (int64_t kv_head = 0; kv_head < kv_heads; ++kv_head) {
+      for (size_t i = first; i < last; ++i) pairs.push_back({readers[i], kv_head});
+    }
+  }
+  return pairs;
 }
 
 // Attention of one token of each slot, over a cache of which all slots write the same column. Slots of
@@ -438,6 +467,9 @@ ffi::Error attention(ffi::ThreadPool threads, Floats query, Floats new_key, Floa
   const float *queries = query.typed_data(), *newest_keys = new_key.typed_data(),
               *newest_values = new_value.typed_data();
   float *keys = new_keys->typed_data(), *values = new_values->typed_data();
+  if (end < 1 || end > columns) {
+    return ffi::Error::InvalidArgument("attention: a column that the cache does not have");
+  }
   if (keys != old_keys.typed_data() || values != old_values.typed_data()) {
     return ffi::Error::InvalidArgument("attention: the cache is not where it was");
   }
@@ -445,20 +477,11 @@ ffi::Error attention(ffi::ThreadPool threads, Floats query, Floats new_key, Floa
   const auto attend = head_dim % kLanes == 0 ? attend_head<kLanes>
                       : head_dim % 4 == 0    ? attend_head<4>
                                              : attend_head<1>;
-  const auto slots = readers(length.typed_data(), prompt.typed_data(), prompt_length.typed_data(),
-                             sizes[0], end, window);
-  if (slots.size() < sizes[0]) std::fill_n(outs, result->element_count(), 0.0f);
-  struct Pair {
-    Reader reader;
-    int64_t kv_head;
-  };
-  std::vector<Pair> pairs;  // of a prompt's slots one key head after the other
-  for (size_t first = 0, last = 0; first < slots.size(); first = last) {
-    while (last < slots.size() && slots[last].twin == slots[first].twin) ++last;
-    for (int64_t kv_head = 0; kv_head < kv_heads; ++kv_head) {
-      for (size_t i = first; i < last; ++i) pairs.push_back({slots[i], kv_head});
-    }
-  }
+  const auto readers = find_readers(length.typed_data(), prompt.typed_data(),
+                                    prompt_length.typed_data(), sizes[0], end, window);
+  const auto pairs = in_turns(readers, kv_heads);
+  const int64_t count = pairs.size();
+  if (count < sizes[0] * kv_heads) std::fill_n(outs, result->element_count(), 0.0f);
   const auto columns_of = [=](const float* cache, const Pair& pair) {
     const auto& one = pair.reader;
     const auto at = [=](int64_t slot, int64_t column) {
@@ -467,10 +490,8 @@ ffi::Error attention(ffi::ThreadPool threads, Floats query, Floats new_key, Floa
     return Columns{at(one.slot, end - one.reach), at(one.twin, one.twin_first), one.same, one.reach,
                    head_dim};
   };
-  const int64_t count = pairs.size();
-  const int64_t share = std::max<int64_t>(1, count / (kTasks * std::max<int64_t>(1, threads.num_threads())));
-  run_tasks(threads, (count + share - 1) / share, [=, &pairs](int64_t task) {
-    for (int64_t i = task * share; i < std::min(count, (task + 1) * share); ++i) {
+  run_tasks(threads, count, [=, &pairs](int64_t begin, int64_t last) {
+    for (int64_t i = begin; i < last; ++i) {
       const auto& pair = pairs[i];
       const int64_t from = (pair.reader.slot * kv_heads + pair.kv_head) * head_dim;
       const int64_t to = from * columns + (end - 1) * head_dim;

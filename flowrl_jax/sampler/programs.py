@@ -158,12 +158,11 @@ class Programs:
 
         def rows(key, prompts: PromptBatch, limit):
             places = jnp.arange(limit.shape[0], dtype=jnp.int32)
-            group = self.config.group_size
-            number = places // group
-            prompt = number if prompts.prompt_id is None else prompts.prompt_id
-            sample = places % group if prompts.sample_id is None else prompts.sample_id
+            group, member = jnp.divmod(places, self.config.group_size)
+            prompt = group if prompts.prompt_id is None else prompts.prompt_id
+            sample = member if prompts.sample_id is None else prompts.sample_id
             fold = jax.vmap(lambda i, j: jax.random.fold_in(jax.random.fold_in(key, i), j))
-            return Rows(jax.random.key_data(fold(prompt, sample)), limit, number)
+            return Rows(jax.random.key_data(fold(prompt, sample)), limit, group)
 
         return self._jit(rows, Rows)
 
@@ -376,7 +375,7 @@ class Programs:
     ) -> tuple[Slots, Log]:
         """Draws a token for every row: a step of `segment`."""
         row, config, active = slots.row, self.config, slots.decodes
-        prompts = Prompts(row.fixed.prompt, row.length - row.drawn)
+        prompts = Prompts(row.fixed.group, row.length - row.drawn)
         held = Held(slots.column, jnp.where(active, row.length + 1, 0), prompts)
         logits, caches = decode_token(
             weights, self.shape, row.token, row.length, tables, held, slots.caches

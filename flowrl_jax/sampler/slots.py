@@ -34,12 +34,13 @@ class Rows:
     Attributes:
         key: `[B, ...]` uint32, data of each row's key.
         limit: `[B]` int32, tokens that its response may have.
-        prompt: `[B]` int32, a number that a group of rows has for itself.
+        group: `[B]` int32, a number of those that have one prompt; those of a shard start from one
+            copy of its keys and values, which decoding relies on, see `Prompts`.
     """
 
     key: jax.Array
     limit: jax.Array
-    prompt: jax.Array
+    group: jax.Array
 
 
 @struct.dataclass
