@@ -8,6 +8,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 from configs import base
 from flowrl_jax.config import parse_config
 from flowrl_jax.errors import InputError
+from flowrl_jax.models.architecture import ACTIVATIONS, LoraConfig
 from flowrl_jax.models.cache import KVCache
 from flowrl_jax.models.decode import decode_params, decode_shardings
 from flowrl_jax.models.decode_attention import decode_kernel
@@ -23,10 +25,13 @@ from flowrl_jax.models.decode_native import (
     Prompts,
     in_panels,
     native_attention,
+    native_gated_products,
     native_products,
     refusal,
     takes_panels,
 )
+from flowrl_jax.models.lora import init_lora, with_adapters
+from flowrl_jax.models.transformer import MLP
 from flowrl_jax.native import library
 from flowrl_jax.sharding import MeshConfig, make_layout, make_mesh
 from tests.decode_loops import CLOSE, HEADS_OF_SHARDS, SCALE, attend_on_devices, draw, loops
@@ -205,6 +210,70 @@ def test_products_equal_numpys_at_odd_sizes(rows, depth, widths):
         np.testing.assert_allclose(out, expected, atol=2e-5)
 
 
+def gate(rows, weights, activation="silu", jit=jax.jit):
+    """Of host arrays and two weights of one width; what `native_gated_products` makes of them."""
+    width = weights[0].shape[1]
+    panels = tuple(in_panels(jnp.asarray(weight)) for weight in weights)
+    run = lambda rows, panels: native_gated_products(rows, panels, width, activation)  # noqa: E731
+    return jit(run)(rows, panels)
+
+
+@NATIVE
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize(("rows", "depth", "width"), [(1, 7, 1), (13, 130, 70), (37, 64, 1000)])
+def test_gated_products_equal_numpys_at_odd_sizes(rows, depth, width, activation):
+    some, weights = draw_products(rows, depth, (width, width))
+    opened, passed = (some.astype(np.float64) @ weight.astype(np.float64) for weight in weights)
+    with jax.enable_x64(True):
+        expected = np.asarray(ACTIVATIONS[activation](jnp.array(opened))) * passed
+    out = gate(some, weights, activation)
+    # Products of two numbers near 40, each as far off as in the test above.
+    np.testing.assert_allclose(out, expected, atol=1e-3, rtol=1e-5)
+
+
+@NATIVE
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gates_may_be_wide_open_and_shut(activation):
+    """Numbers of any size are gated as they should be; what is none stays none."""
+    sizes = [0.0, -0.0, 100, -100, 3e4, -3e4, 3e38, -3e38, np.nan]
+    x = np.concatenate([np.linspace(-20, 20, 3000), sizes]).astype(np.float32)
+    rows, one = np.stack([x, np.ones_like(x)], axis=1), np.eye(2, dtype=np.float32)
+    out = gate(rows, (one[:, :1], one[:, 1:]), activation)[:, 0]
+    with jax.enable_x64(True):
+        expected = ACTIVATIONS[activation](jnp.asarray(x, jnp.float64))
+    # What e is raised to is rounded: at 20 by 1e-6, and by as much the result. Expected are sums of
+    # 1 and nearly -1, which leave 1e-16.
+    np.testing.assert_allclose(out, expected, rtol=3e-6, atol=1e-14)
+
+
+@NATIVE
+@pytest.mark.parametrize(
+    ("changes", "gated"),
+    [
+        ({}, True),
+        ({"activation": "gelu_tanh"}, True),
+        ({"activation": "gelu"}, False),
+        ({"activation": "relu"}, False),
+        ({"mlp_bias": True}, False),
+        ({"lora": LoraConfig(rank=2, targets=("gate",))}, False),
+        ({"lora": LoraConfig(rank=2, targets=("query",))}, True),
+    ],
+    ids=str,
+)
+def test_an_mlp_in_panels_is_the_same_mlp(changes, gated):
+    config = tiny_config(**changes)
+    params = tiny_params(config)
+    adapters = jax.tree.map(lambda x: x + 0.1, nn.unbox(init_lora(config, jax.random.key(1))))
+    params = with_adapters(params, adapters) if config.lora.rank else params
+    x = jax.random.normal(jax.random.key(0), (5, 1, config.embed_dim))
+    run = jax.jit(lambda params: MLP(config).apply({"params": params}, x))
+    weights = decode_params(params, config)["layers"][1]["mlp"]
+    assert "gate_panels" in weights
+    expected = run(jax.tree.map(lambda x: x[1], params["layers"]["mlp"]))
+    np.testing.assert_allclose(run(weights), expected, atol=1e-6, rtol=1e-5)
+    assert (library.GATED_PRODUCTS in run.lower(weights).as_text()) == gated
+
+
 @NATIVE
 def test_a_row_is_multiplied_alike_in_any_company():
     """To the bit: alone, among others, in another order, and over devices."""
@@ -220,6 +289,10 @@ def test_a_row_is_multiplied_alike_in_any_company():
         np.testing.assert_array_equal(alone[i], wanted)
         np.testing.assert_array_equal(np.asarray(backwards[i])[::-1], wanted)
         np.testing.assert_array_equal(over_devices[i], wanted)
+    both = weights[1], weights[1][::-1].copy()
+    gated = gate(rows, both)
+    np.testing.assert_array_equal(np.concatenate([gate(row[None], both) for row in rows]), gated)
+    np.testing.assert_array_equal(gate(rows, both, jit=layout.jit), gated)
 
 
 @NATIVE

@@ -1,10 +1,11 @@
-"""Decoding on CPUs with kernels of our own (`native/kernels.cc`): attention, products by panels.
+"""Decoding on CPUs with kernels of our own (`native/`): attention, products by panels.
 
 A panel is some columns of a weight, so few that a row of them fits in two registers, one row after
 the other. XLA's CPU backend makes such panels of a weight at every product; here decoding is given
 panels in place of weights.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,10 @@ from flowrl_jax.models.decode_layout import on_devices
 from flowrl_jax.native import library
 from flowrl_jax.sharding import Layout, active_layout
 
+_SLOPE = 2 * math.sqrt(2 / math.pi)
+# Activations x * sigmoid(slope * x + cubic * x**3), by (slope, cubic); 1 + tanh(y) is
+# 2 sigmoid(2 y).
+_GATES = {"silu": (1.0, 0.0), "gelu_tanh": (_SLOPE, 0.044715 * _SLOPE)}
 _CUT = ("embed", "heads", "kv_heads", "head_dim", "mlp", "vocab")  # axes of weights
 
 
@@ -140,21 +145,62 @@ def native_products(
     Returns:
         `[R, F]` for each.
     """
+    return _rows_on_devices(library.PRODUCTS, rows, panels, widths)
+
+
+def can_gate(activation: str) -> bool:
+    """Whether `native_gated_products` knows an activation.
+
+    Args:
+        activation: of the model.
+    """
+    return activation in _GATES
+
+
+def native_gated_products(
+    rows: jax.Array, panels: tuple[jax.Array, ...], width: int, activation: str
+) -> jax.Array:
+    """`activation(rows @ gate) * (rows @ up)`, on every device for its own rows.
+
+    Neither product is written to memory as a whole.
+
+    Args:
+        rows: `[R, D]` float32.
+        panels: of two weights, the gate's and the other one, from `in_panels`.
+        width: F of both.
+        activation: of the model; one that it `can_gate`.
+
+    Returns:
+        `[R, F]`.
+    """
+    slope, cubic = (np.float32(number) for number in _GATES[activation])
+    kernel = library.GATED_PRODUCTS
+    (out,) = _rows_on_devices(kernel, rows, panels, (width,), slope=slope, cubic=cubic)
+    return out
+
+
+def _rows_on_devices(
+    kernel: str,
+    rows: jax.Array,
+    panels: tuple[jax.Array, ...],
+    widths: tuple[int, ...],
+    **numbers: np.float32,
+) -> tuple[jax.Array, ...]:
+    """What a kernel makes of rows: `[R, F]` of each width F."""
 
     def run(rows, *panels):
         outs = [jax.ShapeDtypeStruct((rows.shape[0], width), rows.dtype) for width in widths]
-        return tuple(jax.ffi.ffi_call(library.PRODUCTS, outs)(rows, *panels))
+        return tuple(jax.ffi.ffi_call(kernel, outs)(rows, *panels, **numbers))
 
     layout = active_layout()
     if layout is None or layout.mesh.size == 1:
         return run(rows, *panels)
     cut = layout.sharding("batch", None).spec
-    whole = (PartitionSpec(),) * len(panels)
     return jax.shard_map(
         run,
         mesh=layout.mesh,
-        in_specs=(cut, *whole),
-        out_specs=(cut,) * len(panels),
+        in_specs=(cut, *(PartitionSpec(),) * len(panels)),
+        out_specs=(cut,) * len(widths),
         check_vma=False,
     )(rows, *panels)
 

@@ -25,6 +25,16 @@ def b_name(target: str) -> str:
     return f"{target}_lora_b"
 
 
+def has_adapter(module: nn.Module, target: str) -> bool:
+    """Whether a kernel of a module has one.
+
+    Args:
+        module: that holds the kernel.
+        target: name of the kernel.
+    """
+    return module.has_variable("params", a_name(target))
+
+
 def lora_term(module: nn.Module, target: str, x: jax.Array) -> jax.Array | float:
     """What a kernel's adapter adds to its product; 0 where the kernel has none.
 
@@ -37,7 +47,7 @@ def lora_term(module: nn.Module, target: str, x: jax.Array) -> jax.Array | float
         `[rows, out]` in the compute dtype, or 0.
     """
     config: Any = module.config
-    if not module.has_variable("params", a_name(target)):
+    if not has_adapter(module, target):
         return 0.0
     a, b = (module.get_variable("params", name(target)) for name in (a_name, b_name))
     rank = config.lora.rank

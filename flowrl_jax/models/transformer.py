@@ -20,8 +20,13 @@ from flowrl_jax.models.architecture import ACTIVATIONS, REMAT_POLICIES, Transfor
 from flowrl_jax.models.attention import Columns, attend
 from flowrl_jax.models.cache import KVCache
 from flowrl_jax.models.decode_attention import Held, attend_next, decode_kernel
-from flowrl_jax.models.decode_native import native_products, panels_name
-from flowrl_jax.models.lora import lora_term
+from flowrl_jax.models.decode_native import (
+    can_gate,
+    native_gated_products,
+    native_products,
+    panels_name,
+)
+from flowrl_jax.models.lora import has_adapter, lora_term
 from flowrl_jax.models.projection import project
 from flowrl_jax.models.rotary import Rotation, rotary, rotary_table
 from flowrl_jax.sharding import constrain
@@ -84,13 +89,19 @@ def _kernel_init(config: TransformerConfig):
     return nn.initializers.normal(config.init_std)
 
 
+def _panels(module: nn.Module, *names: str) -> tuple[Any, ...]:
+    """What decoding on CPUs has in place of kernels; nothing where it has these."""
+    panels = (module.get_variable("params", panels_name(name)) for name in names)
+    return tuple(panel for panel in panels if panel is not None)
+
+
 def _project(
     module: nn.Module, rows: jax.Array, kernels: dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
 ) -> list[jax.Array]:
     """Rows `[R, D]` times kernels of a module, given by shape and names of axes: `[R, F]` each."""
     shapes, axes = zip(*kernels.values(), strict=True)
-    panels: Any = tuple(module.get_variable("params", panels_name(name)) for name in kernels)
-    if panels[0] is not None:  # only decoding has them
+    panels = _panels(module, *kernels)
+    if panels:
         widths = tuple(math.prod(shape) // rows.shape[-1] for shape in shapes)
         outs = native_products(rows, panels, widths)
     else:
@@ -224,9 +235,15 @@ class MLP(nn.Module):
             biases = [_bias(self, name, shape[1:], (axis,)) for name in names]
             return [out + bias for out, bias in zip(outs, biases, strict=True)]
 
-        gate, up = dense(x.reshape(-1, config.embed_dim), ("embed", "mlp"), "gate", "up")
-        hidden = (ACTIVATIONS[config.activation](gate) * up).reshape(*x.shape[:2], -1)
-        hidden = constrain(hidden, "batch", "seq", "mlp").reshape(gate.shape)
+        rows, both = x.reshape(-1, config.embed_dim), ("gate", "up")
+        panels = _panels(self, *both)
+        adapted = config.mlp_bias or any(has_adapter(self, name) for name in both)
+        if panels and not adapted and can_gate(config.activation):
+            hidden = native_gated_products(rows, panels, config.mlp_dim, config.activation)
+        else:
+            gate, up = dense(rows, ("embed", "mlp"), *both)
+            hidden = (ACTIVATIONS[config.activation](gate) * up).reshape(*x.shape[:2], -1)
+            hidden = constrain(hidden, "batch", "seq", "mlp").reshape(gate.shape)
         (down,) = dense(hidden, ("mlp", "embed"), "down")
         return down.reshape(x.shape)
 

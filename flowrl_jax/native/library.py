@@ -15,9 +15,14 @@ import jax
 
 logger = logging.getLogger(__name__)
 
-PRODUCTS, ATTENTION = "flowrl_products", "flowrl_attention"  # as XLA calls them
+PRODUCTS = "flowrl_products"  # as XLA calls it
+GATED_PRODUCTS = "flowrl_gated_products"
+ATTENTION = "flowrl_attention"
 _SOURCE = Path(__file__).with_name("kernels.cc")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-std=c++17", "-shared", "-fPIC", "-w")
+# GCC 12.2, tuned for Intel's AVX-512, makes conditional moves of branches and overwrites the flags
+# between two of them: wrong functions were called. Clang does not know the word.
+_GCC_FLAGS = ("-fno-if-conversion",)
 _TIMEOUT = 120  # seconds; the compiler takes about five
 
 
@@ -36,7 +41,7 @@ def panel_columns() -> int:
         library = _loaded(_compiled())
     except (OSError, RuntimeError, ValueError) as error:  # no home, one of others, a quote in CXX
         raise CompilerError(f"cannot compile or load: {error}") from error
-    for name in (PRODUCTS, ATTENTION):
+    for name in (PRODUCTS, GATED_PRODUCTS, ATTENTION):
         handler = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(name, handler, platform="cpu")
     return library.flowrl_panel()
@@ -91,9 +96,12 @@ def _compiled() -> Path:
         raise CompilerError(
             f"no C++ compiler {command[0]!r}: install GCC 11 or later, or clang, or name one in CXX"
         )
-    command = [compiler, *command[1:], *_FLAGS, f"-I{jax.ffi.include_dir()}"]
     version = _run([compiler, "--version"])
-    of = [_SOURCE.read_text(encoding="utf-8"), *command, version, _processor(), jax.__version__]
+    gcc = _GCC_FLAGS if "Free Software Foundation" in version else ()
+    command = [compiler, *command[1:], *_FLAGS, *gcc, f"-I{jax.ffi.include_dir()}"]
+    files = (_SOURCE, *sorted(_SOURCE.parent.glob("*.h")))
+    sources = [file.read_text(encoding="utf-8") for file in files]
+    of = [*sources, *command, version, _processor(), jax.__version__]
     name = hashlib.sha256("\0".join(of).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowrl_jax"
     library = folder / f"kernels-{name}.so"
