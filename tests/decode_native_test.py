@@ -234,11 +234,11 @@ def test_gated_products_equal_numpys_at_odd_sizes(rows, depth, width, activation
 @NATIVE
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_gates_may_be_wide_open_and_shut(activation):
-    """Numbers of any size are gated as they should be; what is none stays none."""
-    sizes = [0.0, -0.0, 100, -100, 3e4, -3e4, 3e38, -3e38, np.nan]
+    """Finite numbers of any size are gated as they should be; what is none stays none."""
+    sizes = [0.0, 100, -100, 3e4, -3e4, 3e38, -3e38, np.nan]
     x = np.concatenate([np.linspace(-20, 20, 3000), sizes]).astype(np.float32)
-    rows, one = np.stack([x, np.ones_like(x)], axis=1), np.eye(2, dtype=np.float32)
-    out = gate(rows, (one[:, :1], one[:, 1:]), activation)[:, 0]
+    one = np.ones_like(x)
+    out = gate(one[:1, None], (x[None], one[None]), activation)[0]
     with jax.enable_x64(True):
         expected = ACTIVATIONS[activation](jnp.asarray(x, jnp.float64))
     # What e is raised to is rounded: at 20 by 1e-6, and by as much the result. Expected are sums of
@@ -256,7 +256,8 @@ def test_gates_may_be_wide_open_and_shut(activation):
         ({"activation": "relu"}, False),
         ({"mlp_bias": True}, False),
         ({"lora": LoraConfig(rank=2, targets=("gate",))}, False),
-        ({"lora": LoraConfig(rank=2, targets=("query",))}, True),
+        ({"lora": LoraConfig(rank=2, targets=("up",))}, False),
+        ({"lora": LoraConfig(rank=2, targets=("down",))}, True),
     ],
     ids=str,
 )
@@ -382,6 +383,23 @@ def test_machines_without_a_compiler_say_so(tmp_path):
     works.chmod(0o755)
     assert "cannot write to" in missing(tmp_path, CXX=str(works))
     assert "cannot compile or load: No closing quotation" in missing(tmp_path, CXX="'c++")
+
+
+@NATIVE
+@pytest.mark.slow
+def test_compilers_are_known_behind_others(tmp_path):
+    """GCC is told what clang does not know, by whatever name it is called."""
+    calls, wrapper = tmp_path / "calls", tmp_path / "wrapper"
+    wrapper.write_text(f'#!/bin/sh\necho "$@" >> {calls}\nexec "$@"\n')
+    wrapper.chmod(0o755)
+    assert missing(tmp_path, CXX=f"{wrapper} c++") == "''\n"
+    asked, compiled = calls.read_text().splitlines()
+    assert asked == "c++ --version"
+    gcc = (
+        "Free Software"
+        in subprocess.run(["c++", "--version"], capture_output=True, text=True).stdout
+    )
+    assert ("-fno-if-conversion" in compiled) == gcc
 
 
 @NATIVE

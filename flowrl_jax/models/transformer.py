@@ -237,8 +237,8 @@ class MLP(nn.Module):
 
         rows, both = x.reshape(-1, config.embed_dim), ("gate", "up")
         panels = _panels(self, *both)
-        adapted = config.mlp_bias or any(has_adapter(self, name) for name in both)
-        if panels and not adapted and can_gate(config.activation):
+        plain = not config.mlp_bias and not any(has_adapter(self, name) for name in both)
+        if panels and plain and can_gate(config.activation):
             hidden = native_gated_products(rows, panels, config.mlp_dim, config.activation)
         else:
             gate, up = dense(rows, ("embed", "mlp"), *both)

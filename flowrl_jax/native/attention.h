@@ -265,7 +265,7 @@ ffi::Error attention(ffi::ThreadPool threads, Floats query, Floats new_key, Floa
     return Columns{at(one.slot, end - one.reach), at(one.twin, one.twin_first), one.same, one.reach,
                    head_dim};
   };
-  for_each_item(threads, count, [=, &pairs](int64_t item) {
+  for_each_item(threads, count, [=, &pairs](int64_t item, int64_t after) {
     const auto& pair = pairs[item];
     const int64_t from = (pair.reader.slot * kv_heads + pair.kv_head) * head_dim;
     const int64_t to = from * columns + (end - 1) * head_dim;
@@ -276,7 +276,7 @@ ffi::Error attention(ffi::ThreadPool threads, Floats query, Floats new_key, Floa
     const int64_t some = std::min(heads, (pair.kv_head + 1) * group - before) - first;
     if (some <= 0) return;
     const int64_t place = (pair.reader.slot * heads + first) * head_dim;
-    const auto next = columns_of(keys, pairs[std::min(item + 1, count - 1)]);
+    const auto next = columns_of(keys, pairs[after]);
     attend(queries + place, some, columns_of(keys, pair), columns_of(values, pair), {scale, softcap},
            outs + place, next.unshared());
   });

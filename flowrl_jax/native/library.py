@@ -96,7 +96,7 @@ def _compiled() -> Path:
         raise CompilerError(
             f"no C++ compiler {command[0]!r}: install GCC 11 or later, or clang, or name one in CXX"
         )
-    version = _run([compiler, "--version"])
+    version = _run([compiler, *command[1:], "--version"])
     gcc = _GCC_FLAGS if "Free Software Foundation" in version else ()
     command = [compiler, *command[1:], *_FLAGS, *gcc, f"-I{jax.ffi.include_dir()}"]
     files = (_SOURCE, *sorted(_SOURCE.parent.glob("*.h")))

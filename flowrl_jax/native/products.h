@@ -117,14 +117,13 @@ ffi::Error products(ffi::ThreadPool threads, Floats numbers, ffi::RemainingArgs 
     add_panels(*kernel, **out, panels);
   }
   const Rows rows = rows_of(numbers);
-  const int64_t count = panels.size();
-  for_each_item(threads, count, [&](int64_t item) {
-    multiply_rows(rows, panels[item], panels[std::min(item + 1, count - 1)].lines);
+  for_each_item(threads, panels.size(), [&](int64_t item, int64_t next) {
+    multiply_rows(rows, panels[item], panels[next].lines);
   });
   return ffi::Error::Success();
 }
 
-// x * sigmoid(slope * x + cubic * x^3): SiLU, or GELU by its tangent.
+// x * sigmoid(slope * x + cubic * x^3) of finite numbers: SiLU, or GELU by its tangent.
 struct Gate {
   float slope, cubic;
 
@@ -152,17 +151,18 @@ void apply_gates(const float* gates, int64_t count, Gate gate, const Panel& pane
 // gate(rows x gate kernel) * (rows x up kernel): [R, F]. Kernels come in panels.
 ffi::Error gated_products(ffi::ThreadPool threads, Floats numbers, Floats gate_kernel,
                           Floats up_kernel, ffi::Result<Floats> out, float slope, float cubic) {
-  std::vector<Panel> gates, ups;
-  add_panels(gate_kernel, *out, gates);
+  std::vector<Panel> ups;
   add_panels(up_kernel, *out, ups);
   const Rows rows = rows_of(numbers);
-  const int64_t count = ups.size();
-  for_each_item(threads, count, [&](int64_t item) {
-    float* some = scratch(rows.count * kPanel);
-    const Panel &up = ups[item], gate = {gates[item].lines, some, kPanel, kPanel};
-    multiply_rows(rows, gate, up.lines);
-    multiply_rows(rows, up, gates[std::min(item + 1, count - 1)].lines);
-    apply_gates(some, rows.count, {slope, cubic}, up);
+  const auto gate_lines = [&](int64_t item) {
+    return gate_kernel.typed_data() + item * rows.depth * kPanel;
+  };
+  for_each_item(threads, ups.size(), [&](int64_t item, int64_t next) {
+    float* gates = scratch(rows.count * kPanel);
+    const Panel& up = ups[item];
+    multiply_rows(rows, {gate_lines(item), gates, kPanel, kPanel}, up.lines);
+    multiply_rows(rows, up, gate_lines(next));
+    apply_gates(gates, rows.count, {slope, cubic}, up);
   });
   return ffi::Error::Success();
 }

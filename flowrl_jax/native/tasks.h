@@ -51,8 +51,9 @@ class Items {
     const int64_t shares = shares_.size(), own = workers_.fetch_add(1);
     for (int64_t i = 0; i < shares; ++i) {
       Share& share = shares_[(own + i) % shares];
-      for (int64_t item; (item = share.take(i > 0)) >= 0;) {
-        run_(item);
+      const bool last = i > 0;
+      for (int64_t item; (item = share.take(last)) >= 0;) {
+        run_(item, std::clamp<int64_t>(last ? item - 1 : item + 1, 0, count_ - 1));
         done_.fetch_add(1, std::memory_order_release);
       }
     }
@@ -72,12 +73,13 @@ class Items {
   std::atomic<int64_t> workers_{0}, done_{0};
 };
 
-// Runs items 0 to before `count`, here and on the threads that are free.
+// Runs items 0 to before `count`, here and on the threads that are free. What runs an item is told which
+// one will probably follow on this thread.
 template <class Run>
 void for_each_item(xla::ffi::ThreadPool& threads, int64_t count, Run run) {
   const int64_t workers = std::min(count, threads.num_threads());
   if (workers < 2) {
-    for (int64_t item = 0; item < count; ++item) run(item);
+    for (int64_t item = 0; item < count; ++item) run(item, std::min(item + 1, count - 1));
     return;
   }
   auto items = std::make_shared<Items<Run>>(run, count, workers);
