@@ -12,7 +12,7 @@ BENCHMARK = Benchmark(
     description="Tokens per second of 32 responses to different prompts, ours and transformers'.",
     kind="sampler",
     peers=("transformers",),
-    work=Work(prompts=32, group=1, response_length=256, devices=0),
+    work=Work(prompts=32, group=1, response_length=256),
     at_least={"transformers": {"tokens_per_second": 3.0}},
 )
 

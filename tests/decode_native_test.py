@@ -19,9 +19,10 @@ from flowrl_jax.config import parse_config
 from flowrl_jax.errors import InputError
 from flowrl_jax.models.architecture import ACTIVATIONS, LoraConfig
 from flowrl_jax.models.cache import KVCache
-from flowrl_jax.models.decode import decode_params, decode_shardings
-from flowrl_jax.models.decode_attention import decode_kernel
+from flowrl_jax.models.decode import decode_params, decode_shardings, rotation_tables
+from flowrl_jax.models.decode_attention import Held, decode_kernel
 from flowrl_jax.models.decode_native import (
+    Norm,
     Prompts,
     in_panels,
     native_attention,
@@ -31,7 +32,8 @@ from flowrl_jax.models.decode_native import (
     takes_panels,
 )
 from flowrl_jax.models.lora import init_lora, with_adapters
-from flowrl_jax.models.transformer import MLP
+from flowrl_jax.models.native_block import native_block
+from flowrl_jax.models.transformer import Block, View
 from flowrl_jax.native import library
 from flowrl_jax.sharding import MeshConfig, make_layout, make_mesh
 from tests.decode_loops import CLOSE, HEADS_OF_SHARDS, SCALE, attend_on_devices, draw, loops
@@ -247,31 +249,64 @@ def test_gates_may_be_wide_open_and_shut(activation):
 
 
 @NATIVE
+@pytest.mark.parametrize("bias", [False, True])
+def test_rows_are_normalised_and_added_to(bias):
+    rows, weights = draw_products(37, 70, (40, 33))
+    scale = np.linspace(-1, 2, 70, dtype=np.float32)
+    onto = tuple(jnp.asarray(w[:1] if bias else rows @ w) for w in weights)
+    panels = tuple(in_panels(jnp.asarray(weight)) for weight in weights)
+    norm = Norm(jnp.asarray(scale), 0.1, 1.0)
+    outs = jax.jit(lambda rows: native_products(rows, panels, (40, 33), norm=norm, onto=onto))(rows)
+    wide = rows.astype(np.float64)
+    normed = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + 0.1) * (1.0 + scale)
+    for out, weight, more in zip(outs, weights, onto, strict=True):
+        # Sums near 50 of 70 numbers, each rounded.
+        np.testing.assert_allclose(out, normed @ weight + more, atol=5e-5)
+
+
+@NATIVE
 @pytest.mark.parametrize(
     ("changes", "gated"),
     [
         ({}, True),
-        ({"activation": "gelu_tanh"}, True),
+        ({"activation": "gelu_tanh", "norm_offset": 1.0}, True),
         ({"activation": "gelu"}, False),
         ({"activation": "relu"}, False),
-        ({"mlp_bias": True}, False),
+        ({"mlp_bias": True, "qkv_bias": True, "out_bias": True}, False),
+        ({"qk_norm": True}, True),
+        ({"sandwich_norm": True}, True),
         ({"lora": LoraConfig(rank=2, targets=("gate",))}, False),
         ({"lora": LoraConfig(rank=2, targets=("up",))}, False),
-        ({"lora": LoraConfig(rank=2, targets=("down",))}, True),
+        ({"lora": LoraConfig(rank=2, targets=("query", "out", "down"))}, True),
     ],
     ids=str,
 )
-def test_an_mlp_in_panels_is_the_same_mlp(changes, gated):
+def test_a_layer_in_panels_is_the_same_layer(changes, gated):
     config = tiny_config(**changes)
-    params = tiny_params(config)
+    params = jax.tree.map(
+        lambda x: x + 0.01 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), tiny_params(config)
+    )
     adapters = jax.tree.map(lambda x: x + 0.1, nn.unbox(init_lora(config, jax.random.key(1))))
     params = with_adapters(params, adapters) if config.lora.rank else params
-    x = jax.random.normal(jax.random.key(0), (5, 1, config.embed_dim))
-    run = jax.jit(lambda params: MLP(config).apply({"params": params}, x))
-    weights = decode_params(params, config)["layers"][1]["mlp"]
-    assert "gate_panels" in weights
-    expected = run(jax.tree.map(lambda x: x[1], params["layers"]["mlp"]))
-    np.testing.assert_allclose(run(weights), expected, atol=1e-6, rtol=1e-5)
+    x = jax.random.normal(jax.random.key(0), (5, config.embed_dim))
+    shape = (5, config.num_kv_heads, 9, config.head_dim)
+    cache = KVCache(*jax.random.normal(jax.random.key(2), (2, *shape)))
+    table = rotation_tables(config, 9)
+    turn = jax.tree.map(lambda x: x[0, 0, jnp.array([6, 0, 3, 1, 5]), None, None], table)
+    held = Held(jnp.int32(6), jnp.array([7, 1, 4, 2, 6]))
+    windowed = config.windows[1]
+    layer = jax.tree.map(lambda x: x[1], params["layers"])
+    expected, written = Block(config).apply(
+        {"params": layer}, x[:, None], View(turn, held), windowed, cache
+    )
+    weights = decode_params(params, config)["layers"][1]
+    run = jax.jit(
+        lambda weights: native_block(config, weights, x, turn[windowed], held, windowed, cache)
+    )
+    out, kept = run(weights)
+    # Sums of numbers up to 30, whose last bits are 2e-6.
+    np.testing.assert_allclose(out, expected[:, 0], atol=2e-5, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), kept, written)
     assert (library.GATED_PRODUCTS in run.lower(weights).as_text()) == gated
 
 

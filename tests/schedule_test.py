@@ -144,7 +144,7 @@ def test_sizes_are_known_in_advance():
     assert growing(10, 64, 5, by=1.5) == [(0, 5, (15,))]
     assert len(growing(10, 64, 8192, by=1.5)[0].columns) == 13
     assert growing(10, 1, 5, by=1.5) == [(0, 5, (11, 12, 13, 14, 15))]
-    assert growing(10, 64, 512, by=2) == [(0, 512, (74, 138, 266, 522))]
+    assert growing(10, 64, 512, by=4) == [(0, 512, (74, 266, 522))]
     assert one_stage(10, 512, waiting=False, multiple=128) == [(0, 512, (640,))]
     assert one_stage(10, 512, waiting=True, multiple=1) == [(0, 512, (522 + 32,))]
     assert short_before_long(10, 64, 200) == [

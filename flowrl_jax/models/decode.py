@@ -20,6 +20,7 @@ from flowrl_jax.models.cache import KVCache
 from flowrl_jax.models.decode_attention import Held
 from flowrl_jax.models.decode_native import in_panels, native_products, panels_name, takes_panels
 from flowrl_jax.models.lora import init_lora, with_adapters
+from flowrl_jax.models.native_block import native_block, native_norm
 from flowrl_jax.models.rotary import Rotation
 from flowrl_jax.models.transformer import (
     Block,
@@ -186,22 +187,31 @@ def decode_token(
     Returns:
         Logits `[S, V]` float32, and the caches with `tokens` written in.
     """
-    x = Embedding(config).apply({"params": params["embedding"]}, tokens[:, None])
+    x: Any = Embedding(config).apply({"params": params["embedding"]}, tokens[:, None])
     turn = jax.tree.map(lambda x: x[0, 0, positions, None, None], tables)
-    view = View(turn, held)
+    in_panels = panels_name(_UNEMBEDDING) in params["embedding"]
     written = []
     for layer, windowed, cache in zip(params["layers"], config.windows, caches, strict=True):
-        x, cache = Block(config).apply({"params": layer}, x, view, windowed, cache)
+        if in_panels:
+            out, cache = native_block(config, layer, x[:, 0], turn[windowed], held, windowed, cache)
+            x = out[:, None]
+        else:
+            x, cache = Block(config).apply({"params": layer}, x, View(turn, held), windowed, cache)
         written.append(cache)
+    last = _native_logits if in_panels else _logits
+    return last(params, config, x[:, 0]), tuple(written)
+
+
+def _logits(params: Any, config: TransformerConfig, x: jax.Array) -> jax.Array:
+    """Logits `[S, V]` of the residual stream `[S, D]`."""
     hidden: Any = RMSNorm(config).apply({"params": params["final_norm"]}, x)
-    return _logits(params["embedding"], config, hidden[:, 0]), tuple(written)
+    weight: Any = Embedding(config).apply({"params": params["embedding"]}, method="unembedding")
+    return vocabulary_logits(hidden, weight, config.logit_softcap, config.drawable)
 
 
-def _logits(embedding: Any, config: TransformerConfig, hidden: jax.Array) -> jax.Array:
-    """Logits `[S, V]` of normalised hidden states `[S, D]`."""
-    panels = embedding.get(panels_name(_UNEMBEDDING))
-    if panels is None:
-        weight: Any = Embedding(config).apply({"params": embedding}, method="unembedding")
-        return vocabulary_logits(hidden, weight, config.logit_softcap, config.drawable)
-    (logits,) = native_products(hidden, (panels,), (config.vocab_rows,))
+def _native_logits(params: Any, config: TransformerConfig, x: jax.Array) -> jax.Array:
+    """The same with weights in panels."""
+    panels = params["embedding"][panels_name(_UNEMBEDDING)]
+    norm = native_norm(config, params["final_norm"])
+    (logits,) = native_products(x, (panels,), (config.vocab_rows,), norm=norm)
     return finish_logits(logits, config.logit_softcap, config.drawable)

@@ -19,6 +19,7 @@ from flowrl_jax.models.decode_kernel import decode_attention
 from flowrl_jax.models.decode_native import Prompts, native_attention
 from flowrl_jax.models.decode_support import refusal, require_support
 from flowrl_jax.models.decode_triton import triton_attention
+from flowrl_jax.models.rotary import Rotation, rotary
 from flowrl_jax.native import library
 
 _WITHOUT_KERNEL = ("TPU v2", "TPU v3")  # their compiler refuses its bfloat16 products
@@ -149,6 +150,7 @@ def attend_next(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
+    rotation: Rotation,
     cache: KVCache,
     held: Held,
     *,
@@ -157,14 +159,17 @@ def attend_next(
 ) -> tuple[jax.Array, KVCache]:
     """Writes a token of every slot to the cache, and attends to it and those before.
 
+    Positions are put into its queries and its key first.
+
     Args:
         query: `[S, N, 1, H]`.
         key: `[S, K, 1, H]`.
         value: `[S, K, 1, H]`.
+        rotation: of the slots' positions, `[S, 1, 1, H / 2]` each (see `rotary`).
         cache: of the layer; donated.
         held: what each slot may attend to, this token the newest.
-        kernel: from `decode_kernel`. "native", for CPUs, writes as it reads, and reads what each
-            slot may attend to and nothing else; for the others see `attend_cached`.
+        kernel: from `decode_kernel`. "native", for CPUs, turns and writes as it reads, and reads
+            what each slot may attend to and nothing else; for the others see `attend_cached`.
         scores: `scale`, `window` and `softcap` as there.
 
     Returns:
@@ -179,9 +184,11 @@ def attend_next(
             held.column,
             held.length,
             held.prompts,
+            jax.tree.map(lambda x: x[:, 0, 0], rotation),
             **scores,
         )
         return out[:, :, None], cache
+    query, key = rotary(query, rotation), rotary(key, rotation)
     cache = write(cache, key, value, held.column, kernel)
     return attend_cached(query, cache, held, kernel=kernel, **scores), cache
 

@@ -6,6 +6,7 @@ panels in place of weights.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from jax.sharding import PartitionSpec
 from flowrl_jax.models.attention import platform_device
 from flowrl_jax.models.cache import KVCache
 from flowrl_jax.models.decode_layout import on_devices
+from flowrl_jax.models.rotary import Rotation
 from flowrl_jax.native import library
 from flowrl_jax.sharding import Layout, active_layout
 
@@ -61,6 +63,7 @@ def native_attention(
     column: jax.Array | int,
     length: jax.Array,
     prompts: Prompts | None = None,
+    rotation: Rotation | None = None,
     *,
     scale: float,
     window: int = 0,
@@ -68,9 +71,10 @@ def native_attention(
 ) -> tuple[jax.Array, KVCache]:
     """Grouped-query attention of one token per slot, on every device for its own slots and heads.
 
-    Writes the token's key and value to the cache, in place where nothing else wants the old one.
-    Reads the columns that a slot may attend to and no others; what slots of one prompt have in
-    common from one of them, whose columns of the prompt are near by for the others.
+    Turns the token's queries and key by its position, if they are not yet. Writes the token's key
+    and value to the cache, in place where nothing else wants the old one. Reads the columns that a
+    slot may attend to and no others; what slots of one prompt have in common from one of them,
+    whose columns of the prompt are near by for the others.
 
     Args:
         query: `[S, N, H]` float32; N query heads, a multiple of K.
@@ -81,6 +85,8 @@ def native_attention(
         length: `[S]` int32, columns that a slot may attend to: `(column - length, column]`. 0 is
             an idle slot.
         prompts: of the slots; by default no two have the same.
+        rotation: sines and cosines `[S, H / 2]` of the slots' positions (see `rotary`); without
+            them queries and keys are as they are.
         scale: multiplies the scores.
         window: columns that a token looks back to, its own included; 0 means all.
         softcap: scores s become `softcap * tanh(s / softcap)`; 0 leaves them.
@@ -90,7 +96,7 @@ def native_attention(
         written.
     """
 
-    def run(query, key, value, cache, column, length, prompt, prompt_length, first_head=0, group=0):
+    def run(query, key, value, cache, column, *slots, first_head=0, group=0):
         library.panel_columns()
         outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, cache.key, cache.value)]
         out, *kept = jax.ffi.ffi_call(library.ATTENTION, outs, input_output_aliases={3: 1, 4: 2})(
@@ -100,9 +106,7 @@ def native_attention(
             cache.key,
             cache.value,
             jnp.asarray(column, jnp.int32),
-            length,
-            prompt,
-            prompt_length,
+            *slots,
             jnp.asarray(first_head, jnp.int32),
             group=np.int64(group or query.shape[1] // cache.key.shape[1]),
             window=np.int64(window),
@@ -113,7 +117,9 @@ def native_attention(
 
     if prompts is None:
         prompts = Prompts(jnp.arange(length.shape[0], dtype=jnp.int32), jnp.zeros_like(length))
-    return on_devices(run, query, cache, column, length, *prompts, new=(key, value))
+    none = jnp.zeros((*length.shape, 0))
+    turn = rotation or (none, none)
+    return on_devices(run, query, cache, column, length, *prompts, *turn, new=(key, value))
 
 
 def in_panels(weight: jax.Array) -> jax.Array:
@@ -132,8 +138,27 @@ def in_panels(weight: jax.Array) -> jax.Array:
     return jnp.swapaxes(weight.reshape(depth, panels, columns), 0, 1)
 
 
+class Norm(NamedTuple):
+    """Divides rows by their root mean square, and scales them.
+
+    Attributes:
+        scale: `[D]` float32.
+        epsilon: added to the mean square.
+        offset: added to the scale.
+    """
+
+    scale: jax.Array
+    epsilon: float
+    offset: float = 0.0
+
+
 def native_products(
-    rows: jax.Array, panels: tuple[jax.Array, ...], widths: tuple[int, ...]
+    rows: jax.Array,
+    panels: tuple[jax.Array, ...],
+    widths: tuple[int, ...],
+    *,
+    norm: Norm | None = None,
+    onto: tuple[jax.Array | None, ...] = (),
 ) -> tuple[jax.Array, ...]:
     """The same rows times each of some weights, on every device for its own rows.
 
@@ -141,11 +166,18 @@ def native_products(
         rows: `[R, D]` float32.
         panels: of each weight, from `in_panels`.
         widths: F of each.
+        norm: of the rows; without one they are multiplied as they are.
+        onto: what each product is added to: `[R, F]`, `[1, F]` or nothing.
 
     Returns:
         `[R, F]` for each.
     """
-    return _rows_on_devices(library.PRODUCTS, rows, panels, widths)
+    added = [
+        jnp.zeros((0, width)) if one is None else one
+        for one, width in zip(onto or (None,) * len(widths), widths, strict=True)
+    ]
+    pairs = [one for pair in zip(panels, added, strict=True) for one in pair]
+    return _rows_on_devices(library.PRODUCTS, rows, norm, pairs, widths)
 
 
 def can_gate(activation: str) -> bool:
@@ -158,7 +190,12 @@ def can_gate(activation: str) -> bool:
 
 
 def native_gated_products(
-    rows: jax.Array, panels: tuple[jax.Array, ...], width: int, activation: str
+    rows: jax.Array,
+    panels: tuple[jax.Array, ...],
+    width: int,
+    activation: str,
+    *,
+    norm: Norm | None = None,
 ) -> jax.Array:
     """`activation(rows @ gate) * (rows @ up)`, on every device for its own rows.
 
@@ -169,40 +206,54 @@ def native_gated_products(
         panels: of two weights, the gate's and the other one, from `in_panels`.
         width: F of both.
         activation: of the model; one that it `can_gate`.
+        norm: of the rows; without one they are multiplied as they are.
 
     Returns:
         `[R, F]`.
     """
     slope, cubic = (np.float32(number) for number in _GATES[activation])
     kernel = library.GATED_PRODUCTS
-    (out,) = _rows_on_devices(kernel, rows, panels, (width,), slope=slope, cubic=cubic)
+    (out,) = _rows_on_devices(kernel, rows, norm, panels, (width,), slope=slope, cubic=cubic)
     return out
 
 
 def _rows_on_devices(
     kernel: str,
     rows: jax.Array,
-    panels: tuple[jax.Array, ...],
+    norm: Norm | None,
+    arrays: Sequence[jax.Array],
     widths: tuple[int, ...],
     **numbers: np.float32,
 ) -> tuple[jax.Array, ...]:
-    """What a kernel makes of rows: `[R, F]` of each width F."""
+    """What a kernel makes of rows: `[R, F]` of each width F.
 
-    def run(rows, *panels):
+    Args:
+        kernel: as XLA calls it.
+        rows: `[R, D]`, cut over devices.
+        norm: of the rows.
+        arrays: what else the kernel wants; those of R rows are cut as the rows are.
+        widths: of what it makes.
+        numbers: its attributes.
+    """
+    norm = norm or Norm(jnp.zeros(0), 0.0)
+    numbers |= {"epsilon": np.float32(norm.epsilon), "offset": np.float32(norm.offset)}
+
+    def run(rows, *arrays):
         outs = [jax.ShapeDtypeStruct((rows.shape[0], width), rows.dtype) for width in widths]
-        return tuple(jax.ffi.ffi_call(kernel, outs)(rows, *panels, **numbers))
+        return tuple(jax.ffi.ffi_call(kernel, outs)(rows, *arrays, **numbers))
 
     layout = active_layout()
     if layout is None or layout.mesh.size == 1:
-        return run(rows, *panels)
+        return run(rows, norm.scale, *arrays)
     cut = layout.sharding("batch", None).spec
+    by_rows = [x.ndim == 2 and x.shape[0] == rows.shape[0] for x in arrays]
     return jax.shard_map(
         run,
         mesh=layout.mesh,
-        in_specs=(cut, *(PartitionSpec(),) * len(panels)),
+        in_specs=(cut, PartitionSpec(), *(cut if own else PartitionSpec() for own in by_rows)),
         out_specs=(cut,) * len(widths),
         check_vma=False,
-    )(rows, *panels)
+    )(rows, norm.scale, *arrays)
 
 
 def takes_panels(wanted: str, dtype: Any, layout: Layout | None) -> bool:

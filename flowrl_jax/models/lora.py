@@ -25,33 +25,35 @@ def b_name(target: str) -> str:
     return f"{target}_lora_b"
 
 
-def has_adapter(module: nn.Module, target: str) -> bool:
-    """Whether a kernel of a module has one.
+def has_adapter(weights: Mapping[str, Any], target: str) -> bool:
+    """Whether a kernel has one.
 
     Args:
-        module: that holds the kernel.
+        weights: parameters of the module that holds the kernel.
         target: name of the kernel.
     """
-    return module.has_variable("params", a_name(target))
+    return a_name(target) in weights
 
 
-def lora_term(module: nn.Module, target: str, x: jax.Array) -> jax.Array | float:
+def lora_term(
+    config: TransformerConfig, weights: Mapping[str, Any], target: str, x: jax.Array
+) -> jax.Array | float:
     """What a kernel's adapter adds to its product; 0 where the kernel has none.
 
     Args:
-        module: that holds the kernel.
+        config: of the decoder.
+        weights: parameters of the module that holds the kernel.
         target: name of the kernel.
         x: `[rows, in]`, in the compute dtype.
 
     Returns:
         `[rows, out]` in the compute dtype, or 0.
     """
-    config: Any = module.config
-    if not has_adapter(module, target):
+    if not has_adapter(weights, target):
         return 0.0
-    a, b = (module.get_variable("params", name(target)) for name in (a_name, b_name))
     rank = config.lora.rank
-    a, b = a.astype(config.dtype).reshape(-1, rank), b.astype(config.dtype).reshape(rank, -1)
+    a = weights[a_name(target)].astype(config.dtype).reshape(-1, rank)
+    b = weights[b_name(target)].astype(config.dtype).reshape(rank, -1)
     return (x @ a) @ b * config.lora.scale
 
 

@@ -6,7 +6,6 @@ hidden state; `decode.py` runs the same blocks over it.
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -20,13 +19,8 @@ from flowrl_jax.models.architecture import ACTIVATIONS, REMAT_POLICIES, Transfor
 from flowrl_jax.models.attention import Columns, attend
 from flowrl_jax.models.cache import KVCache
 from flowrl_jax.models.decode_attention import Held, attend_next, decode_kernel
-from flowrl_jax.models.decode_native import (
-    can_gate,
-    native_gated_products,
-    native_products,
-    panels_name,
-)
-from flowrl_jax.models.lora import has_adapter, lora_term
+from flowrl_jax.models.decode_native import panels_name
+from flowrl_jax.models.lora import lora_term
 from flowrl_jax.models.projection import project
 from flowrl_jax.models.rotary import Rotation, rotary, rotary_table
 from flowrl_jax.sharding import constrain
@@ -89,26 +83,18 @@ def _kernel_init(config: TransformerConfig):
     return nn.initializers.normal(config.init_std)
 
 
-def _panels(module: nn.Module, *names: str) -> tuple[Any, ...]:
-    """What decoding on CPUs has in place of kernels; nothing where it has these."""
-    panels = (module.get_variable("params", panels_name(name)) for name in names)
-    return tuple(panel for panel in panels if panel is not None)
-
-
 def _project(
     module: nn.Module, rows: jax.Array, kernels: dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
 ) -> list[jax.Array]:
     """Rows `[R, D]` times kernels of a module, given by shape and names of axes: `[R, F]` each."""
-    shapes, axes = zip(*kernels.values(), strict=True)
-    panels = _panels(module, *kernels)
-    if panels:
-        widths = tuple(math.prod(shape) // rows.shape[-1] for shape in shapes)
-        outs = native_products(rows, panels, widths)
-    else:
-        init = _kernel_init(module.config)
-        values = tuple(_param(module, name, init, *kernel) for name, kernel in kernels.items())
-        outs = project(rows, values, axes)
-    return [out + lora_term(module, name, rows) for name, out in zip(kernels, outs, strict=True)]
+    config: Any = module.config
+    init, axes = _kernel_init(config), tuple(axes for _, axes in kernels.values())
+    values = tuple(_param(module, name, init, *kernel) for name, kernel in kernels.items())
+    outs, weights = project(rows, values, axes), module.variables["params"]
+    return [
+        out + lora_term(config, weights, name, rows)
+        for name, out in zip(kernels, outs, strict=True)
+    ]
 
 
 class RMSNorm(nn.Module):
@@ -157,8 +143,10 @@ class Attention(nn.Module):
             `[B, K, T, H]` of `x`.
         """
         config = self.config
-        query, key, value = self._heads(x, _choose(view.rotations, windowed))
+        query, key, value = self._heads(x)
+        rotation = _choose(view.rotations, windowed)
         if cache is None:
+            query, key = rotary(query, rotation), rotary(key, rotation)
             kept: Any = (key, value)
             kinds = {
                 windowed: functools.partial(
@@ -175,9 +163,16 @@ class Attention(nn.Module):
                 out = jax.lax.cond(windowed, kinds[True], kinds[False], query, key, value)
         else:
             assert isinstance(windowed, bool) and isinstance(view.columns, Held)
-            kernel = decode_kernel(config, cache.key.dtype)
-            scores = config.scores(windowed)
-            out, kept = attend_next(query, key, value, cache, view.columns, kernel=kernel, **scores)
+            out, kept = attend_next(
+                query,
+                key,
+                value,
+                rotation,
+                cache,
+                view.columns,
+                kernel=decode_kernel(config, cache.key.dtype),
+                **config.scores(windowed),
+            )
         shape = (config.num_heads, config.head_dim, config.embed_dim)
         rows = jnp.swapaxes(out, 1, 2).reshape(-1, config.num_heads * config.head_dim)
         (out,) = _project(self, rows, {"out": (shape, ("heads", "head_dim", "embed"))})
@@ -185,8 +180,8 @@ class Attention(nn.Module):
             out += _bias(self, "out", (config.embed_dim,), ("norm",))
         return out.reshape(x.shape), kept
 
-    def _heads(self, x: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries `[B, N, T, H]`, keys and values `[B, K, T, H]`; positions are in the first two.
+    def _heads(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries `[B, N, T, H]`, keys and values `[B, K, T, H]`, without their positions.
 
         Activations meet kernels as `[B * T, D]`: XLA's CPU backend computes a kernel's gradient
         three times faster from matrices than from `[B, T, D]` arrays; elsewhere it is the same.
@@ -212,7 +207,7 @@ class Attention(nn.Module):
         if config.qk_norm:
             query = RMSNorm(config, name="query_norm")(query)
             key = RMSNorm(config, name="key_norm")(key)
-        return rotary(query, rotation), rotary(key, rotation), value
+        return query, key, value
 
 
 class MLP(nn.Module):
@@ -235,16 +230,10 @@ class MLP(nn.Module):
             biases = [_bias(self, name, shape[1:], (axis,)) for name in names]
             return [out + bias for out, bias in zip(outs, biases, strict=True)]
 
-        rows, both = x.reshape(-1, config.embed_dim), ("gate", "up")
-        panels = _panels(self, *both)
-        plain = not config.mlp_bias and not any(has_adapter(self, name) for name in both)
-        if panels and plain and can_gate(config.activation):
-            hidden = native_gated_products(rows, panels, config.mlp_dim, config.activation)
-        else:
-            gate, up = dense(rows, ("embed", "mlp"), *both)
-            hidden = (ACTIVATIONS[config.activation](gate) * up).reshape(*x.shape[:2], -1)
-            hidden = constrain(hidden, "batch", "seq", "mlp").reshape(gate.shape)
-        (down,) = dense(hidden, ("mlp", "embed"), "down")
+        gate, up = dense(x.reshape(-1, config.embed_dim), ("embed", "mlp"), "gate", "up")
+        hidden = (ACTIVATIONS[config.activation](gate) * up).reshape(*x.shape[:2], -1)
+        hidden = constrain(hidden, "batch", "seq", "mlp")
+        (down,) = dense(hidden.reshape(gate.shape), ("mlp", "embed"), "down")
         return down.reshape(x.shape)
 
 

@@ -134,15 +134,34 @@ struct Scores {
   float scale, softcap;
 };
 
-// Attention of some queries [heads, head_dim] over the keys and values of the one head that they share.
-// `next` are the keys that will be read after these.
+// By which the heads of a token are turned: the sines and cosines of its position, [half] each. Elements
+// from 2 * half on stay as they are.
+struct Rotation {
+  const float *sines, *cosines;
+  int64_t half;
+
+  void turn(const float* head, int64_t head_dim, float* out) const {
+    for (int64_t i = 0; i < half; ++i) {
+      const float first = head[i], second = head[half + i];
+      out[i] = first * cosines[i] - second * sines[i];
+      out[half + i] = second * cosines[i] + first * sines[i];
+    }
+    std::copy(head + 2 * half, head + head_dim, out + 2 * half);
+  }
+};
+
+// Attention of some queries [heads, head_dim], to be turned, over the keys and values of the one head that
+// they share. `next` are the keys that will be read after these.
 template <int N>
-void attend_head(const float* queries, int64_t heads, Columns keys, Columns values, Scores how,
-                 float* out, const float* next) {
+void attend_head(const float* unturned, int64_t heads, Rotation rotation, Columns keys, Columns values,
+                 Scores how, float* out, const float* next) {
   const int64_t columns = keys.count, head_dim = keys.head_dim;
   const int64_t stride = (columns + kLanes - 1) / kLanes * kLanes;
-  float* weights = scratch(heads * (stride + 1));
-  float* totals = weights + heads * stride;
+  float* weights = scratch<Room::kItem>(heads * (stride + head_dim + 1));
+  float *queries = weights + heads * stride, *totals = queries + heads * head_dim;
+  for (int64_t head = 0; head < heads; ++head) {
+    rotation.turn(unturned + head * head_dim, head_dim, queries + head * head_dim);
+  }
   for (int64_t head = 0; head < heads;) {
     constexpr int kFour = std::min(N, 4), kTwo = std::min(N, 2);
     const int64_t left = heads - head, some = left >= kFour ? kFour : left >= kTwo ? kTwo : 1;
@@ -232,13 +251,16 @@ std::vector<Pair> in_turns(const std::vector<Reader>& readers, int64_t kv_heads)
 // one prompt hold the same numbers in as many columns as it has, their first ones.
 ffi::Error attention(ffi::ThreadPool threads, Floats query, Floats new_key, Floats new_value,
                      Floats old_keys, Floats old_values, Ints column, Ints length, Ints prompt,
-                     Ints prompt_length, Ints first_head, ffi::Result<Floats> result,
-                     ffi::Result<Floats> new_keys, ffi::Result<Floats> new_values, int64_t group,
-                     int64_t window, float scale, float softcap) {
+                     Ints prompt_length, Floats sines, Floats cosines, Ints first_head,
+                     ffi::Result<Floats> result, ffi::Result<Floats> new_keys,
+                     ffi::Result<Floats> new_values, int64_t group, int64_t window, float scale,
+                     float softcap) {
   const auto sizes = old_keys.dimensions();
   const int64_t kv_heads = sizes[1], columns = sizes[2], head_dim = sizes[3];
   const int64_t heads = query.dimensions()[1], end = column.typed_data()[0] + 1;
   const int64_t before = first_head.typed_data()[0];
+  const int64_t half = sines.dimensions()[1];
+  const float *all_sines = sines.typed_data(), *all_cosines = cosines.typed_data();
   const float *queries = query.typed_data(), *newest_keys = new_key.typed_data(),
               *newest_values = new_value.typed_data();
   float *keys = new_keys->typed_data(), *values = new_values->typed_data();
@@ -269,7 +291,9 @@ ffi::Error attention(ffi::ThreadPool threads, Floats query, Floats new_key, Floa
     const auto& pair = pairs[item];
     const int64_t from = (pair.reader.slot * kv_heads + pair.kv_head) * head_dim;
     const int64_t to = from * columns + (end - 1) * head_dim;
-    std::copy_n(newest_keys + from, head_dim, keys + to);
+    const Rotation rotation{all_sines + pair.reader.slot * half, all_cosines + pair.reader.slot * half,
+                            half};
+    rotation.turn(newest_keys + from, head_dim, keys + to);
     std::copy_n(newest_values + from, head_dim, values + to);
     // The query heads of this key head, among those that are here.
     const int64_t first = std::max<int64_t>(0, pair.kv_head * group - before);
@@ -277,7 +301,7 @@ ffi::Error attention(ffi::ThreadPool threads, Floats query, Floats new_key, Floa
     if (some <= 0) return;
     const int64_t place = (pair.reader.slot * heads + first) * head_dim;
     const auto next = columns_of(keys, pairs[after]);
-    attend(queries + place, some, columns_of(keys, pair), columns_of(values, pair), {scale, softcap},
+    attend(queries + place, some, rotation, columns_of(keys, pair), columns_of(values, pair), {scale, softcap},
            outs + place, next.unshared());
   });
   return ffi::Error::Success();

@@ -17,15 +17,21 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(flowrl_products, products,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Floats>()
+                                  .Arg<Floats>()
                                   .RemainingArgs()
-                                  .RemainingRets());
+                                  .RemainingRets()
+                                  .Attr<float>("epsilon")
+                                  .Attr<float>("offset"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(flowrl_gated_products, gated_products,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Arg<Floats>()
+                                  .Arg<Floats>()
                                   .Ret<Floats>()
+                                  .Attr<float>("epsilon")
+                                  .Attr<float>("offset")
                                   .Attr<float>("slope")
                                   .Attr<float>("cubic"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(flowrl_attention, attention,
@@ -40,6 +46,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(flowrl_attention, attention,
                                   .Arg<Ints>()
                                   .Arg<Ints>()
                                   .Arg<Ints>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
                                   .Arg<Ints>()
                                   .Ret<Floats>()
                                   .Ret<Floats>()

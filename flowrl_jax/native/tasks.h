@@ -88,7 +88,11 @@ void for_each_item(xla::ffi::ThreadPool& threads, int64_t count, Run run) {
   items->wait();
 }
 
-// Room that a thread keeps from item to item.
+// What a thread keeps room for.
+enum class Room { kItem, kNormalised };
+
+// Room for one purpose, which a thread keeps from item to item.
+template <Room>
 float* scratch(int64_t floats) {
   thread_local std::vector<float> room;
   if (static_cast<int64_t>(room.size()) < floats) room.resize(floats);

@@ -108,7 +108,7 @@ class Programs:
         if self.kernel == "xla":
             return growing(width, first, limit, by=1.5)
         if self.kernel == "native" and not waiting:
-            return growing(width, first, limit, by=2)  # making columns is all that they cost
+            return growing(width, first, limit, by=4)  # making columns is all that they cost
         return one_stage(width, limit, waiting=waiting, multiple=_MULTIPLES[self.kernel])
 
     def shardings(self, kind: type) -> Any:
