@@ -1,6 +1,7 @@
 """The sampler: what it records, what a sample depends on, and what it costs."""
 
 import dataclasses
+import gc
 import importlib
 from typing import Any
 
@@ -371,6 +372,23 @@ def test_a_row_that_finds_the_shelf_full_does_not_stay(monkeypatch):
     together = sample(batch, **settings)
     monkeypatch.setattr(Schedule, "follow", counted)
     assert_same(together, sample(batch, slots=8, first_columns=96, kernel="xla", **settings))
+
+
+@pytest.mark.parametrize("slots", [0, 4])
+@pytest.mark.parametrize("kernel", ["xla", pytest.param("native", marks=NATIVE)])
+def test_nothing_of_a_rollout_is_left(kernel, slots):
+    """Its weights and caches are not kept until Python next looks for cycles: training wants their
+    room."""
+    sample(kernel=kernel, slots=slots)
+    held = lambda: sum(x.nbytes for x in jax.live_arrays())  # noqa: E731
+    gc.collect()
+    gc.disable()
+    try:
+        before = held()
+        jax.block_until_ready(sample(kernel=kernel, slots=slots))
+        assert held() == before
+    finally:
+        gc.enable()
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ them: rows that outgrow a stage are put aside, and decoded together in the next 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -210,9 +211,12 @@ class _Engine:
         count, shards = len(limits), programs.shards
         self.slots = -(-min(config.slots or count, count) // shards)
         self.queues = self.slots * shards < count  # whether rows wait for slots
-        self.rows = programs.rows(key, prompts, self.put(limits))
+        self.rows = programs.rows(key, prompts, _put(limits, within))
         groups = Groups(count, config.group_size, shards, self.slots)
-        self.source = ReadPrompts(programs, params, prompts, groups, self.put)
+        # Nothing here refers back to the engine: its weights are to go as soon as it does, and not
+        # when Python next looks for cycles.
+        put = functools.partial(_put, layout=within)
+        self.source = ReadPrompts(programs, params, prompts, groups, put)
         self.weights = programs.weights(params)
 
     def run(self, responses: _Responses) -> None:
@@ -232,13 +236,6 @@ class _Engine:
             source = aside
         assert last is not None
         responses.record(last)
-
-    def put(self, x: np.ndarray) -> jax.Array:
-        """An array with the shards, or the rows, as its first axis.
-
-        For programs with arguments of two meshes: others take numbers as they are, which is faster.
-        """
-        return _put(x, self.programs.within)
 
 
 class _Decoding:
